@@ -1,0 +1,5 @@
+"""python -m alignment_jax COMMAND ..."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,67 @@
+"""What an algorithm is: five pure functions over denoisers, and what it needs from the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Tree = Any
+Networks = Mapping[str, Callable[..., Array]]
+Info = dict[str, Array]
+
+
+class Needs(NamedTuple):
+    """What the loop must provide.
+
+    data: "prompts" {"cond", "prompt_id", "condition"}, "labels" (also "x0"), "pairs" (also "winner" and "loser").
+    reward: None, "value" (scores [B] of the rollout) or "gradient" (networks["reward"](keys, x0, condition) -> [B]).
+    copies: other networks by name and how each follows the policy: "frozen", ("ema", decay), ("every", steps).
+    guidance: guidance scales by network name where they are not the sampler's.
+    """
+
+    data: str = "prompts"
+    reward: str | None = None
+    copies: Mapping[str, Any] = {}
+    guidance: Mapping[str, float] = {}
+
+
+class Algorithm(NamedTuple):
+    """A method. Every leading axis is B samples, or N items; keys [B] are one a sample, so batches can be cut freely.
+
+    init: init(key) -> extra: what the method remembers between steps, one tree.
+    rollout: rollout(keys [B], networks, data) -> rollout, a dict with at least "x0" [B,...] where rewards are wanted.
+    prepare: prepare(key, extra, rollout, rewards [B] or None) -> (items, extra, info): light, global, no network; items
+      is a dict of arrays [N, ...].
+    anchor: anchor(keys [N], networks, items) -> items with what is fixed at the starting parameters.
+    loss: loss(keys [N], networks, items) -> (losses [N], info of [N]); the loop takes their mean over all items.
+      anchor and loss get the same keys; items["first"] [N] is true while the parameters are still the anchor's.
+      Entries of info whose name ends in "_max" are reduced by maximum.
+    """
+
+    needs: Needs
+    loss: Callable[[Array, Networks, Tree], tuple[Array, Info]]
+    init: Callable[[Array], Tree] = lambda key: {}
+    rollout: Callable[[Array, Networks, Tree], Tree] = lambda keys, networks, data: data
+    prepare: Callable[[Array, Tree, Tree, Any], tuple[Tree, Tree, Info]] = (
+        lambda key, extra, rollout, rewards: (rollout, extra, {})
+    )
+    anchor: Callable[[Array, Networks, Tree], Tree] = lambda keys, networks, items: items
+
+
+def fold(keys: Array, n: int) -> Array:
+    """The n-th stream of the keys [B]."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, n)
+
+
+def uniform(keys: Array) -> Array:
+    """One uniform number in [0, 1) for each key: [B]."""
+    return jax.vmap(lambda k: jax.random.uniform(k))(keys)
+
+
+def mean_square(x: Array) -> Array:
+    """Mean of squares over all but the first axis, float32: [B]."""
+    return jnp.square(x.astype(jnp.float32)).mean(tuple(range(1, x.ndim)))

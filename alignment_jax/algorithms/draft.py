@@ -1,0 +1,122 @@
+"""DRaFT: reward gradients through the end of the sampling chain (arXiv 2309.17400); AlignProp (arXiv 2310.03739).
+
+Departures: an optional anchor keeps the tail close to the frozen model's tail from the same state, which is what keeps
+diversity; K-step chains are unrolled on CPU and scanned with rematerialisation elsewhere, or swept by their adjoint.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ..diffusion import Sampler, expand, normal, sample
+from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square, uniform
+from .losses import chain_adjoints, chained, linear
+
+Array = jax.Array
+
+
+def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, anchor_weight: float = 0.0,
+          adjoint: bool = False) -> Algorithm:  # fmt: skip
+    """DRaFT-K: ascend E r(x_0), x_0 = the last K steps of the sampler from sg(x_K).
+
+    L = -r(x_0) + anchor_weight |x_0 - x_0_ref|^2, x_0_ref the frozen model's end from the same x_K and noise.
+    lv > 1 (DRaFT-LV, K = 1): x_0 is re-noised to the last time lv times and the gradients are averaged.
+    adjoint: the exact gradient as a payload, one linear loss a step; memory does not grow with K (no anchor, lv = 1).
+    Raises ValueError for a K outside 1..T, for lv > 1 with K > 1, and for what `adjoint` excludes.
+    """
+    steps = sampler.num_steps
+    if not 1 <= k <= steps:
+        raise ValueError(f"k is the number of differentiated steps, 1 to {steps}; got {k}")
+    if lv < 1 or (lv > 1 and k > 1):
+        raise ValueError(f"DRaFT-LV repeats the last step: lv={lv} needs k=1; got k={k}")
+    if adjoint and (lv > 1 or anchor_weight):
+        raise ValueError("adjoint=True is the plain DRaFT-K gradient: use lv=1 and anchor_weight=0")
+    start = steps - k
+
+    def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
+        x = normal(fold(keys, 0), (len(keys), *shape))
+        if start or lv > 1:  # up to x_K; for LV to the end, which is then re-noised
+            x, _ = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x, stop=steps if lv > 1 else start)
+        return {"x": jax.lax.stop_gradient(x), "cond": data["cond"], "condition": data["condition"]}
+
+    def begin(keys: Array, items: Tree, n: int) -> tuple[Array, Array]:
+        """The state at step `start` and the noise [K, B, ...] of the steps after it; n counts the LV repetitions."""
+        noises = jnp.stack([normal(fold(keys, 2 + n * steps + i), items["x"].shape) for i in range(start, steps)])
+        if lv == 1:
+            return items["x"], noises
+        alpha, sigma = sampler.grid.alpha[start], sampler.grid.sigma[start]
+        return alpha * items["x"] + sigma * normal(fold(keys, 1000 + n), items["x"].shape), noises
+
+    def anchor(keys: Array, networks: Networks, items: Tree) -> Tree:
+        if adjoint:
+            return _adjoint_items(keys, networks, items)
+        if not anchor_weight:
+            return items
+        ends = [chained(networks["reference"], items["cond"], sampler, *begin(keys, items, n), start) for n in range(lv)]
+        return {**items, "end": jnp.stack(ends, 1)}
+
+    def _adjoint_items(keys: Array, networks: Networks, items: Tree) -> Tree:
+        x, noises = begin(keys, items, 0)
+        noise = lambda key, i, step: step.mean + expand(step.std, x) * noises[i - start]  # noqa: E731
+        end, trajectory = sample(keys, networks["policy"], items["cond"], sampler, x, start=start, noise=noise, keep=True)
+        reward, gradient = _reward_gradient(keys, networks, end, items)
+        cotangents = chain_adjoints(networks["policy"], items["cond"], sampler, trajectory.x[:-1], gradient, start)
+        return {**items, "states": trajectory.x[:-1].swapaxes(0, 1), "cotangents": cotangents.swapaxes(0, 1), "reward": reward}
+
+    def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
+        if adjoint:
+            outputs = [networks["policy"](items["states"][:, j], jnp.full(len(keys), sampler.grid.t[start + j]), items["cond"])
+                       for j in range(k)]  # fmt: skip
+            value = jnp.stack([linear(output, -items["cotangents"][:, j]) for j, output in enumerate(outputs)])
+            return value.sum(0), {"reward": items["reward"]}
+        total, distance, rewards = jnp.zeros(len(keys)), jnp.zeros(len(keys)), []
+        for n in range(lv):
+            end = chained(networks["policy"], items["cond"], sampler, *begin(keys, items, n), start)
+            reward = networks["reward"](fold(keys, 5000 + n), end, items["condition"])
+            rewards.append(reward)
+            total = total - reward / lv
+            if anchor_weight:
+                distance = distance + mean_square(end - items["end"][:, n]) / lv
+        return total + anchor_weight * distance, {"reward": jnp.stack(rewards).mean(0), "anchor": distance}
+
+    copies = {"reference": "frozen"} if anchor_weight else {}
+    return Algorithm(Needs("prompts", "gradient", copies), loss, rollout=rollout, anchor=anchor)
+
+
+def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, std_k: float = 5.0) -> Algorithm:
+    """AlignProp: the whole chain, with the gradient cut at a random step of each sample, K ~ N(mean_k, std_k) in 1..T.
+
+    As in the official code the network's output is cut before that step, not x. Costs the memory and time of K = T:
+    where that matters use draft with a fixed k.
+    """
+    steps = sampler.num_steps
+
+    def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
+        return {"x": normal(fold(keys, 0), (len(keys), *shape)), "cond": data["cond"], "condition": data["condition"]}
+
+    def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
+        z = jax.scipy.special.ndtri(jnp.clip(uniform(fold(keys, 1)), 1e-6, 1 - 1e-6))
+        kept = jnp.clip(jnp.round(mean_k + std_k * z), 1, steps)
+
+        def policy(x: Array, t: Array, cond: Tree) -> Array:
+            i = jnp.searchsorted(-jnp.asarray(sampler.grid.t[:-1]), -t)  # the step whose time is t
+            output = networks["policy"](x, t, cond)
+            live = expand((i >= steps - kept).astype(output.dtype), output)
+            return live * output + (1 - live) * jax.lax.stop_gradient(output)
+
+        noises = jnp.stack([normal(fold(keys, 2 + i), items["x"].shape) for i in range(steps)])
+        end = chained(policy, items["cond"], sampler, items["x"], noises, 0)
+        reward = networks["reward"](fold(keys, 5000), end, items["condition"])
+        return -reward, {"reward": reward, "k": kept}
+
+    return Algorithm(Needs("prompts", "gradient"), loss, rollout=rollout)
+
+
+def _reward_gradient(keys: Array, networks: Networks, end: Array, items: Tree) -> tuple[Array, Array]:
+    def total(x: Array) -> tuple[Array, Array]:
+        reward = networks["reward"](fold(keys, 5000), x, items["condition"])
+        return reward.sum(), reward
+
+    gradient, reward = jax.grad(total, has_aux=True)(end)
+    return reward, gradient

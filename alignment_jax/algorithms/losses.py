@@ -1,0 +1,113 @@
+"""The loss forms: denoise, ppo, quadratic, pair, two-phase, chained. A method is a payload for one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..diffusion import Denoise, NoiseSchedule, Sampler, expand, normal, predict, target, transition
+from .base import fold, mean_square, uniform
+
+Array = jax.Array
+
+
+def noised(keys: Array, x0: Array, schedule: NoiseSchedule) -> tuple[Array, Array, Array]:
+    """(x_t [B,...], t [B], eps [B,...]) at uniform times of the trained range, from one key a sample."""
+    u = uniform(fold(keys, 0))
+    t = jnp.floor(u * (schedule.t_max + 1)) if schedule.discrete else schedule.t_min + u * (schedule.t_max - schedule.t_min)
+    eps = normal(fold(keys, 1), x0.shape)
+    return schedule.add_noise(x0, eps, t), t, eps
+
+
+def denoise_error(output: Array, x_t: Array, t: Array, x0: Array, eps: Array, *, schedule: NoiseSchedule,
+                  prediction: str, snr_gamma: float | None = 5.0) -> Array:  # fmt: skip
+    """w(t) |x0 - x0_theta|^2 [B], w = min(SNR, gamma): min-SNR weighting of the noise loss (arXiv 2303.09556).
+
+    gamma None: |output - target|^2, the plain loss of the network's own parameterisation (arXiv 2006.11239).
+    """
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if snr_gamma is None:
+        return mean_square(output - target(prediction, x0, eps, alpha, sigma))
+    weight = jnp.minimum(jnp.square(alpha) / jnp.maximum(jnp.square(sigma), 1e-6), snr_gamma)
+    return weight * mean_square(predict(prediction, output, x_t, alpha, sigma)[0] - x0)
+
+
+def ppo(log_ratio: Array, advantage: Array, clip_range: float) -> Array:
+    """max(-A rho, -A clip(rho, 1 - e, 1 + e)) [N], rho = exp(log_ratio) (PPO, arXiv 1707.06347)."""
+    rho = jnp.exp(log_ratio)
+    return jnp.maximum(-advantage * rho, -advantage * jnp.clip(rho, 1 - clip_range, 1 + clip_range))
+
+
+def quadratic(output: Array, goal: Array) -> Array:
+    """mean |output - sg(goal)|^2 [N]."""
+    return mean_square(output - jax.lax.stop_gradient(goal))
+
+
+def linear(output: Array, cotangent: Array) -> Array:
+    """<sg(cotangent), output> [N]: its gradient is that of a function of the output whose gradient is the cotangent."""
+    return jnp.sum(jax.lax.stop_gradient(cotangent) * output, axis=tuple(range(1, output.ndim)))
+
+
+def logistic(u: Array, label_smoothing: float = 0.0) -> Array:
+    """-(1 - e) log sigma(u) - e log sigma(-u): DPO, cDPO with e > 0, soft labels with e = 1 - p [N]."""
+    return (1 - label_smoothing) * jax.nn.softplus(-u) + label_smoothing * jax.nn.softplus(u)
+
+
+def ipo(u: Array) -> Array:
+    """(2 u - 1)^2 [N]: (h - 1 / (2 beta))^2 times 4 beta^2, so that it is of unit size (arXiv 2310.12036)."""
+    return jnp.square(2 * u - 1)
+
+
+def hinge(u: Array) -> Array:
+    """relu(1 - u) [N] (SLiC, arXiv 2305.10425)."""
+    return jax.nn.relu(1 - u)
+
+
+LINKS: dict[str, Callable[..., Array]] = {"logistic": logistic, "ipo": ipo, "hinge": hinge}
+
+
+def chained(denoise: Denoise, cond: Any, sampler: Sampler, x: Array, noises: Array, start: int, *,
+            unroll: bool | None = None) -> Array:  # fmt: skip
+    """The end [B,...] of the chain walked from x at step `start`, differentiable through every step.
+
+    noises [T - start, B, ...]: the z of each step. Scan with every network call rematerialised, so that memory grows by
+    one state a step. unroll None: on CPU unrolled and kept, because there a convolution's backward inside a scan is 45
+    times slower; elsewhere a scan.
+    """
+    unroll = jax.default_backend() == "cpu" if unroll is None else unroll
+    times = jnp.asarray(sampler.grid.t)
+
+    def step(x: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        i, z = inputs
+        call = denoise if unroll else jax.checkpoint(denoise)
+        step_ = transition(sampler, i, x, call(x, jnp.broadcast_to(times[i], x.shape[:1]), cond))
+        return step_.mean + expand(step_.std, x) * z, None
+
+    if unroll:  # by hand: a scan of one step, K = 1, stays a loop whatever its unroll
+        for j in range(sampler.num_steps - start):
+            x, _ = step(x, (jnp.asarray(start + j), noises[j]))
+        return x
+    return jax.lax.scan(step, x, (jnp.arange(start, sampler.num_steps), noises))[0]
+
+
+def chain_adjoints(denoise: Denoise, cond: Any, sampler: Sampler, states: Array, end_gradient: Array, start: int) -> Array:
+    """Adjoints [T - start, B, ...] of the network outputs along stored states [T - start, B, ...].
+
+    a_T = dr/dx_0 swept backwards by a vjp with respect to x alone; what is returned for step k is
+    (d x_{k-1} / d output_k)^T a_{k-1}, the cotangent of `linear`. Summed over steps, linear(output_k(sg x_k), returned_k)
+    has exactly the gradient of `chained`, at a memory that does not grow with the number of steps.
+    """
+    times = jnp.asarray(sampler.grid.t)
+    adjoint, out = end_gradient, []
+    for k in reversed(range(start, sampler.num_steps)):
+        x = states[k - start]
+        t = jnp.broadcast_to(times[k], x.shape[:1])
+        output, pull_network = jax.vjp(lambda x, t=t: denoise(x, t, cond), x)
+        _, pull_step = jax.vjp(lambda x, o, k=k: transition(sampler, k, x, o).mean, x, output)
+        to_x, to_output = pull_step(adjoint)
+        out.append(to_output)
+        adjoint = to_x + pull_network(to_output)[0]
+    return jnp.stack(out[::-1])

@@ -1,0 +1,25 @@
+"""The mathematics of the chain: schedules, parameterisations, transitions, guidance, sampling. Pure JAX."""
+
+from .guidance import Denoise, blended, guided
+from .parameterization import PREDICTIONS, predict, target
+from .sample import State, Trajectory, fold_in, gaussian_noise, normal, sample
+from .schedule import (
+    NoiseSchedule,
+    SamplingGrid,
+    cosine,
+    expand,
+    from_alphas_cumprod,
+    linear,
+    rectified_flow,
+    sampling_grid,
+    scaled_linear,
+    zero_terminal_snr,
+)
+from .transition import STD_FLOOR, Sampler, Transition, log_prob, log_ratio, reduce_entries, transition
+
+__all__ = [
+    "PREDICTIONS", "STD_FLOOR", "Denoise", "NoiseSchedule", "Sampler", "SamplingGrid", "State", "Trajectory",
+    "Transition", "blended", "cosine", "expand", "fold_in", "from_alphas_cumprod", "gaussian_noise", "guided", "linear",
+    "log_prob", "log_ratio", "normal", "predict", "rectified_flow", "reduce_entries", "sample", "sampling_grid",
+    "scaled_linear", "target", "transition", "zero_terminal_snr",
+]  # fmt: skip

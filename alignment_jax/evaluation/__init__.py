@@ -1,0 +1,1 @@
+"""What is measured: intervals, diversity, KL, over-optimisation, figures and the report."""

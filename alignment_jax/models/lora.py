@@ -1,0 +1,51 @@
+"""Low-rank adaptation as a transformation of a tree of parameters (LoRA, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Array = jax.Array
+
+
+def init(key: Array, params: Any, *, rank: int, targets: str = ".*") -> Any:
+    """Factors {"a" [in, r], "b" [r, out]} for every kernel whose path matches the regular expression `targets`.
+
+    Kernels are dense [in, out] or convolutions [h, w, in, out], flattened to [h w in, out]. a ~ N(0, 1/in), b = 0, so
+    that the tuned network starts as the base. Raises ValueError when nothing matches, with the nearest paths.
+    """
+    flat = flatten_dict(params, sep="/")
+    kernels = {k: v for k, v in flat.items() if k.endswith("kernel") and jnp.ndim(v) >= 2}
+    chosen = {k: v for k, v in kernels.items() if re.search(targets, k)}
+    if not chosen:
+        raise ValueError(f"lora targets {targets!r} match no kernel; paths are like {', '.join(sorted(kernels)[:5])}")
+    factors = {}
+    for path, kernel in chosen.items():
+        fan_out = kernel.shape[-1]
+        fan_in = kernel.size // fan_out
+        r = min(rank, fan_in, fan_out)
+        # the key follows from the path: adding a target leaves the others' factors as they were
+        a = jax.random.normal(jax.random.fold_in(key, _stable_hash(path)), (fan_in, r)) * fan_in**-0.5
+        factors[path] = {"a": a, "b": jnp.zeros((r, fan_out))}
+    return unflatten_dict({f"{k}/{name}": v for k, ab in factors.items() for name, v in ab.items()}, sep="/")
+
+
+def merge(params: Any, factors: Any, scale: Array | float = 1.0) -> Any:
+    """Parameters with W + scale a b in place of every adapted kernel W; scale 0 is the base, bitwise."""
+    flat, low_rank = flatten_dict(params, sep="/"), flatten_dict(factors, sep="/")
+    for path in {k.rsplit("/", 1)[0] for k in low_rank}:
+        kernel = flat[path]
+        delta = (low_rank[f"{path}/a"] @ low_rank[f"{path}/b"]).reshape(kernel.shape)
+        flat[path] = kernel + (scale * delta).astype(kernel.dtype)
+    return unflatten_dict(flat, sep="/")
+
+
+def _stable_hash(path: str) -> int:
+    value = 2166136261
+    for byte in path.encode():
+        value = ((value ^ byte) * 16777619) & 0x7FFFFFFF
+    return value

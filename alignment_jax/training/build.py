@@ -1,0 +1,208 @@
+"""From a config to the parts of a run. Everything a user can get wrong is found here, before anything compiles."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .. import weights
+from ..algorithms import ALGORITHMS
+from ..data import prompts as prompt_files
+from ..data.sources import Source, label_source, pair_source, prompt_source
+from ..diffusion import Sampler, sampling_grid
+from ..models import MODELS
+from ..models.bundle import ModelBundle
+from ..rewards import REWARDS
+from ..rewards.base import Reward
+from ..rewards.combine import weighted
+from .optimizer import optimizer
+from .programs import Parts
+from .state import full_partition, lora_partition
+
+Tree = Any
+
+
+class Run(NamedTuple):
+    """What a config describes, built: parts, the base parameters, the sampler, the stream of data, the learning rate."""
+
+    parts: Parts
+    params: Tree
+    sampler: Sampler
+    source: Source
+    learning_rate: Callable[[int], Any]
+
+
+def nearest(name: str, names: Any) -> str:
+    """The end of an error message about an unknown name: the nearest known one, and all."""
+    found = difflib.get_close_matches(name, list(names), 1)
+    return (f" Did you mean {found[0]!r}?" if found else "") + f" Known: {', '.join(sorted(names))}."
+
+
+def call(factory: Callable[..., Any], kwargs: Mapping[str, Any], where: str, **given: Any) -> Any:
+    """factory(**given it asks for, **kwargs); an unknown keyword is an error that names the nearest."""
+    known = inspect.signature(factory).parameters
+    given = {k: v for k, v in given.items() if k in known}
+    for key in kwargs:
+        if key not in known or key in given:
+            raise ValueError(f"{where} has no field {key!r}." + nearest(key, known.keys() - given.keys()))
+    return factory(**given, **kwargs)
+
+
+def named(name: str, table: Mapping[str, Any], where: str) -> Any:
+    """table[name], or the object that "module:name" names: a user's own part."""
+    if name in table:
+        return table[name]
+    if ":" not in name:
+        raise ValueError(f"{where} {name!r} is not known." + nearest(name, table) + " Your own: 'module:name'.")
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where} {name!r}: {error}. Is the module's folder on PYTHONPATH?") from error
+
+
+def model(config: Any) -> tuple[ModelBundle, Tree]:
+    """(bundle, params) of config.model and config.weights: "shipped", "init", or a .safetensors file."""
+    entry = named(config.model, MODELS, "model")
+    kwargs = dict(config.get("model_options", {}))
+    bundle = call(entry.factory if hasattr(entry, "factory") else entry, kwargs, "model_options")
+    shapes = jax.eval_shape(bundle.init, jax.random.key(0))
+    source = config.get("weights", "shipped")
+    if source == "init":
+        return bundle, jax.jit(bundle.init)(jax.random.key(config.seed))
+    return bundle, weights.load(entry.weights if source == "shipped" else source, shapes)
+
+
+def reward(config: Any) -> Reward | None:
+    """The reward of config.reward: a name, "module:function", or [(name, weight), ...]."""
+    spec = config.get("reward")
+    if not spec:
+        return None
+    if isinstance(spec, str):
+        return one_reward(spec)
+    return weighted([(one_reward(name), float(weight)) for name, weight in spec])
+
+
+def one_reward(name: str) -> Reward:
+    """A reward by name; a user's own function score(images, prompts, metadata) becomes a host reward."""
+    found = named(name, REWARDS, "reward")
+    if isinstance(found, Reward):
+        return found
+    if hasattr(found, "factory"):
+        return found.factory()
+    if list(inspect.signature(found).parameters)[:1] == ["images"]:
+        return Reward(name, found, device=False, differentiable=False, summary=(found.__doc__ or "").split("\n")[0])
+    made = found()
+    if not isinstance(made, Reward):
+        raise ValueError(f"reward {name!r} must be a Reward, a function that returns one, or a function "
+                         f"(images, prompts, metadata) -> (scores, info); it returned {type(made).__name__}")  # fmt: skip
+    return made
+
+
+def sampler(config: Any, bundle: ModelBundle) -> tuple[Sampler, float]:
+    """(sampler, guidance scale): the model's own settings, overridden by config.sampling."""
+    settings = {**bundle.sampling, **dict(config.get("sampling", {}))}
+    scale = float(settings.pop("guidance_scale", 1.0))
+    eta, flow_sde = settings.pop("eta", 0.0), settings.pop("flow_sde", None)
+    grid = call(sampling_grid, settings, "sampling", schedule=bundle.schedule)
+    return Sampler(bundle.schedule, grid, bundle.prediction, eta, tuple(flow_sde) if flow_sde else None), scale
+
+
+def batch_sizes(config: Any) -> tuple[int, int, int]:
+    """(prompts, group, microbatch) of config.batch; the product of the first two is cut into microbatches."""
+    prompts, group = int(config.batch.prompts), int(config.batch.get("group", 1))
+    micro = int(config.batch.get("microbatch", 0)) or prompts * group
+    devices = jax.device_count()
+    if min(prompts, group, micro) < 1:
+        raise ValueError(f"batch sizes must be at least 1; got prompts {prompts}, group {group}, microbatch {micro}")
+    if (prompts * group) % devices or micro % devices:
+        up = -(-micro // devices) * devices
+        raise ValueError(f"batch of {prompts} prompts x {group} samples in microbatches of {micro} does not divide over "
+                         f"{devices} devices; the nearest microbatch is {up}, the nearest number of prompts "
+                         f"{-(-prompts * group // devices) * devices // group or 1}")  # fmt: skip
+    return prompts, group, micro
+
+
+def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | None, shape: tuple[int, ...]) -> Source:
+    """The stream of batches of config.data that the algorithm needs; pictures must be of the model's shape."""
+    prompts, group, _ = batch_sizes(config)
+    data = dict(config.get("data", {}))
+    seed, shard = int(config.seed), (jax.process_index(), jax.process_count())
+    per_process = prompts // jax.process_count()
+    if needs == "prompts":
+        texts = prompt_files.load(data.pop("prompts", "critters:train"))
+        _no_more(data)
+        encode = reward.encode if reward else None
+        return prompt_source(texts, bundle.tokenize, encode, prompts_per_batch=per_process, group=group, seed=seed,
+                             shard=shard)  # fmt: skip
+    if needs == "labels":
+        arrays = named(data.pop("labels"), prompt_files.LABELS, "data.labels")
+        images, captions = arrays(**{k: data.pop(k) for k in list(data) if k not in ("drop",)})
+        _check_pictures(images, shape, "data.labels")
+        return label_source(images, captions, bundle.tokenize, batch=per_process * group, seed=seed,
+                            drop=float(data.pop("drop", 0.0)), shard=shard)  # fmt: skip
+    pairs = prompt_files.load_pairs(data.pop("pairs"))
+    _no_more(data)
+    for side in ("winner", "loser"):
+        _check_pictures(pairs[side], shape, f"data.pairs, {side}")
+    return pair_source(pairs, bundle.tokenize, batch=per_process * group, seed=seed, shard=shard)
+
+
+def _check_pictures(images: np.ndarray, shape: tuple[int, ...], where: str) -> None:
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        raise ValueError(f"{where}: pictures must be uint8 [N, {', '.join(map(str, shape))}] for this model; "
+                         f"got {images.dtype} {list(images.shape)}. Resize or convert them first.")  # fmt: skip
+
+
+def _no_more(data: dict[str, Any]) -> None:
+    if data:
+        raise ValueError(f"config.data has fields that this method does not read: {', '.join(data)}")
+
+
+def build_run(config: Any) -> Run:
+    """Builds every part that the config names. Raises ValueError, before compiling, for whatever does not fit."""
+    bundle, params = model(config)
+    reward_ = reward(config)
+    sampler_, scale = sampler(config, bundle)
+    _, group, _ = batch_sizes(config)
+    method = dict(config.method)
+    entry = named(method.pop("name"), ALGORITHMS, "method")
+    factory = entry.factory if hasattr(entry, "factory") else entry
+    algorithm = call(factory, method, "method", sampler=sampler_, shape=bundle.sample_shape, group=group)
+    if algorithm.needs.reward and reward_ is None:
+        raise ValueError(f"method {config.method.name} needs a reward; set config.reward to one of {', '.join(REWARDS)}")
+    if algorithm.needs.reward == "gradient" and reward_ is not None and not reward_.differentiable:
+        fits = [n for n, e in ALGORITHMS.items() if n != config.method.name and not _needs_gradient(e)]
+        raise ValueError(f"method {config.method.name} takes gradients of the reward, and {reward_.name!r} has none; "
+                         f"use a differentiable reward, or one of the methods {', '.join(fits)}")  # fmt: skip
+    settings = dict(config.optimizer)
+    ema = float(settings.pop("ema", 0.0))
+    tx, rate = call(optimizer, settings, "optimizer", steps=int(config.steps))
+    lora = dict(config.get("lora") or {})
+    partition = call(lora_partition, lora, "lora") if lora else full_partition(config.get("trainable", "unet"))
+    parts = Parts(bundle, algorithm, partition, tx, reward_, scale, ema)
+    shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]
+    return Run(parts, params, sampler_, data_source(config, algorithm.needs.data, bundle, reward_, shape), rate)
+
+
+def _needs_gradient(entry: Any) -> bool:
+    return entry.reward == "gradient"
+
+
+def frozen_tree(run: Run, programs: Any, frozen_params: Tree) -> Tree:
+    """The arguments that no step changes: base parameters, the reward's, the empty prompt's condition."""
+    null = np.asarray(run.parts.bundle.tokenize([""]))
+    frozen = {"params": frozen_params, "reward": run.parts.reward.params if run.parts.reward else None}
+    return {**frozen, "null": programs.encode({"params": run.params}, null)}
+
+
+def absolute(path: str | Path) -> Path:
+    """A user's path, with ~ expanded."""
+    return Path(path).expanduser().absolute()

@@ -1,0 +1,56 @@
+"""What `list` shows: objects with name, family, paper and summary."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+from ..algorithms import ALGORITHMS
+from ..evaluation.metrics import METRICS
+from ..models import MODELS
+from ..rewards import REWARDS
+
+Rows = list[dict[str, Any]]
+
+
+def algorithms() -> Rows:
+    """Every method."""
+    return [_row(name, e.family, e.paper, e.summary) for name, e in ALGORITHMS.items()]
+
+
+def rewards() -> Rows:
+    """Every reward, with its licence and range."""
+    rows = []
+    for name, factory in REWARDS.items():
+        r = factory()
+        row = _row(name, "device" if r.device else "host", "", r.summary)
+        rows.append(row | {"licence": r.licence, "range": list(r.range), "differentiable": r.differentiable})
+    return rows
+
+
+def models() -> Rows:
+    """Every model."""
+    return [_row(name, e.family, e.paper, e.summary) for name, e in MODELS.items()]
+
+
+def metrics() -> Rows:
+    """Every metric that a run can log."""
+    return [_row(name, name.split("/")[0] if "/" in name else "run", "", meaning) for name, meaning in METRICS.items()]
+
+
+def configs(folder: str | Path = "configs") -> Rows:
+    """Every config file of the working folder, once for each of the ARGUMENTS that it declares."""
+    rows = []
+    for path in sorted(Path(folder).glob("*.py")):
+        module = runpy.run_path(str(path))
+        summary = (module["__doc__"] or "").split("\n")[0]
+        for argument in module.get("ARGUMENTS", ("",)):
+            rows.append(_row(f"{path}:{argument}" if argument else str(path), path.stem, "", summary))
+    if not rows:
+        raise FileNotFoundError(f"no configs in {Path(folder).absolute()}; run this in a checkout of the project")
+    return rows
+
+
+def _row(name: str, family: str, paper: str, summary: str) -> dict[str, Any]:
+    return {"name": name, "family": family, "paper": paper, "summary": summary}

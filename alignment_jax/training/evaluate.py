@@ -1,0 +1,253 @@
+"""A tuned model beside its base: samples from the same noise, a judge, the reward-KL curve, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..algorithms.base import fold
+from ..data import prompts as prompt_files
+from ..diffusion import Denoise, blended, guided, normal, sample
+from ..evaluation import figures, over_optimisation
+from ..evaluation.diversity import pixel_diversity_ratio
+from ..evaluation.kl import best_of_n_kl, policy_kl
+from ..evaluation.report import write_report
+from ..evaluation.statistics import Interval, flatten, mean_interval, paired_bootstrap, rate, unflatten
+from ..evaluation.summary import measurement, summary
+from ..rewards import JUDGES
+from ..rewards.check import score_host, to_uint8
+from .checkpoint import save_json
+from .state import TrainState
+
+if TYPE_CHECKING:
+    from .loop import Session
+
+Tree = Any
+CHUNK = 256
+
+
+class Evaluator:
+    """Measures a run on prompts that training never saw.
+
+    config.evaluation: prompts, num_prompts, samples (per prompt), quick_prompts (others, watched while training: what is
+    stopped or chosen by them is judged on prompts that had no part in it), blend (lambdas),
+    scale (how much of the tuning is kept in the model that is judged, 1: all), base_guidance_scale (the base's best), seed,
+    judge.
+    """
+
+    def __init__(self, config: Any, session: Session):
+        self.config, self.session, self.settings = config, session, config.evaluation
+        run, e = session.run, config.evaluation
+        wanted = e.num_prompts + e.quick_prompts
+        self.prompts = prompt_files.load(e.prompts)[:wanted]
+        if len(self.prompts) < wanted:
+            raise ValueError(f"evaluation wants {e.num_prompts} + {e.quick_prompts} prompts and {e.prompts} has {len(self.prompts)}; "
+                             "lower evaluation.num_prompts or evaluation.quick_prompts")  # fmt: skip
+        self.cond = session.programs.encode(session.frozen, jnp.asarray(run.parts.bundle.tokenize(self.prompts)))
+        self.judge = JUDGES[e.judge]()
+        self.targets = self.judge.targets(self.prompts)
+        # the stochastic twin of a deterministic sampler, whose path has a KL
+        self.noisy = run.sampler if run.sampler.stochastic().any() else dataclasses.replace(run.sampler, eta=1.0)
+        # the base is compared at its own best guidance: a gain over a badly guided base is none
+        self.base_guidance = float(e.get("base_guidance_scale", run.parts.guidance_scale))
+        self._sample, self._guided = jax.jit(self._sample_chunk), jax.jit(self._guided_chunk)
+        self._kl = jax.jit(self._kl_chunk)
+        self._combine = jax.jit(self._combined)
+
+    # -- programs ------------------------------------------------------------------------------------------------
+
+    def _denoise(self, params: Tree, scale: float | None = None) -> Denoise:
+        parts = self.session.run.parts
+        scale = parts.guidance_scale if scale is None else scale
+        return guided(partial(parts.bundle.denoise, params), self.session.frozen["null"], scale)
+
+    def _network(self, params: Tree, base: Tree, lam: jax.Array | None) -> Denoise:
+        tuned = self._denoise(params)
+        return tuned if lam is None else blended(tuned, self._denoise(base), lam)
+
+    def _sample_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
+        run = self.session.run
+        x_T = normal(fold(keys, 0), (len(keys), *run.parts.bundle.sample_shape))
+        return sample(fold(keys, 1), self._network(params, base, lam), cond, run.sampler, x_T)[0]
+
+    def _guided_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
+        run = self.session.run
+        x_T = normal(fold(keys, 0), (len(keys), *run.parts.bundle.sample_shape))
+        return sample(fold(keys, 1), self._denoise(params, self.base_guidance), cond, run.sampler, x_T)[0]
+
+    def _kl_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
+        x_T = normal(fold(keys, 0), (len(keys), *self.session.run.parts.bundle.sample_shape))
+        return policy_kl(fold(keys, 1), self._network(params, base, lam), self._denoise(base), cond, self.noisy, x_T)
+
+    def _combined(self, trained: Tree, frozen: Tree, base: Tree, scale: Any) -> Tree:
+        params = self.session.run.parts.partition.combine(trained, frozen["params"])
+        return jax.tree.map(lambda b, p: b + scale * (p - b), base, params)
+
+    def tuned(self, state: TrainState) -> Tree:
+        """The parameters that are judged: averaged if averages are kept, and scaled towards the base."""
+        trained = state.trained if state.ema is None else state.ema
+        return self._combine(trained, self.session.frozen, self.session.run.params, float(self.settings.get("scale", 1.0)))
+
+    def _rows(self, num_prompts: int, samples: int, first: int = 0) -> tuple[jax.Array, np.ndarray]:
+        """(keys [P G], prompt of each [P G]): the noise of sample g of prompt p is the same in every evaluation."""
+        keys = jax.random.split(jax.random.key(int(self.settings.get("seed", 1234))), (len(self.prompts), 64))
+        return keys[first : first + num_prompts, :samples].reshape(-1), np.repeat(np.arange(first, first + num_prompts), samples)
+
+    def _mapped(self, program: Any, params: Tree, lam: Any, num_prompts: int, samples: int, first: int = 0,
+                label: str = "") -> np.ndarray:  # fmt: skip
+        from tqdm import tqdm
+
+        keys, rows = self._rows(num_prompts, samples, first)
+        n, base = len(rows), self.session.run.params
+        size = min(CHUNK, n)
+        out = []
+        for i in tqdm(range(0, n, size), desc=label, unit="chunk", disable=not label, leave=False):
+            chosen = np.minimum(np.arange(i, i + size), n - 1)
+            cond = jax.tree.map(lambda x, r=rows[chosen]: x[r], self.cond)
+            out.append(np.asarray(program(params, base, lam, keys[chosen], cond)))
+        return np.concatenate(out)[:n]
+
+    # -- measurements --------------------------------------------------------------------------------------------
+
+    def measure(self, params: Tree, num_prompts: int, samples: int, lam: Any = None, label: str = "",
+                program: Any = None, first: int = 0) -> dict[str, Any]:  # fmt: skip
+        """Samples of the prompts from `first` on and everything judged about them, [P, G, ...]."""
+        began = time.perf_counter()
+        x0 = self._mapped(program or self._sample, params, lam, num_prompts, samples, first, label)
+        seconds = time.perf_counter() - began
+        rows = self._rows(num_prompts, samples, first)[1]
+        return self.judged(x0, rows, (num_prompts, samples)) | {"seconds": seconds / len(rows)}
+
+    def judged(self, x0: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> dict[str, Any]:
+        """The judge's and the reward's opinion of samples x0 [N,...] for the prompts `rows` [N], as [P, G, ...]."""
+        bundle = self.session.run.parts.bundle
+        images = np.concatenate([np.asarray(bundle.decode(None, jnp.asarray(x0[i : i + CHUNK])))
+                                 for i in range(0, len(x0), CHUNK)])  # fmt: skip
+        verdict = self.judge.look(images, self.targets[rows])
+        out = {"images": images, "proxy": self.proxy(images, rows), **verdict}
+        return jax.tree.map(lambda v: np.asarray(v).reshape(*shape, *np.shape(v)[1:]), out)
+
+    def proxy(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The training reward of pictures [N,H,W,C]; zeros where the method has none."""
+        reward = self.session.run.parts.reward
+        if reward is None:
+            return np.zeros(len(images))
+        texts = [self.prompts[i] for i in rows]
+        if not reward.device:
+            return score_host(reward, to_uint8(jnp.asarray(images)), texts, {}, batch_index=0, on_error="mask")[0]
+        condition = reward.encode(texts) if reward.encode else {}
+        score = jax.jit(reward.score)
+        return np.concatenate([
+            np.asarray(score(reward.params, images[i : i + CHUNK], jax.tree.map(lambda c, i=i: c[i : i + CHUNK], condition)))
+            for i in range(0, len(images), CHUNK)
+        ])  # fmt: skip
+
+    def numbers(self, m: dict[str, Any]) -> dict[str, Any]:
+        """One model's entry of summary.json."""
+        attributes = {name: m["attributes"][..., i] for i, name in enumerate(self.judge.attributes)}
+        whole = m["images"].shape[1] > 1
+        return measurement(right=m["right"], attributes=attributes, proxy=m["proxy"],
+                           images=m["images"] if whole else None, features=m["features"] if whole else None,
+                           nuisances=m["nuisances"] if whole else None, nuisance_classes=self.judge.nuisances,
+                           real_nuisances=self.judge.real["nuisances"])  # fmt: skip
+
+    def kl(self, params: Tree, num_prompts: int, samples: int, lam: Any = None, first: int = 0) -> Interval:
+        """Path KL to the base along samples of the stochastic sampler, in nats."""
+        return mean_interval(self._mapped(self._kl, params, lam, num_prompts, samples, first))
+
+    def quick(self, state: TrainState, base: bool = False) -> dict[str, float]:
+        """The gold panel while training: few samples, always of the same noise, of prompts that the report does not use."""
+        first, p, g = int(self.settings.num_prompts), int(self.settings.quick_prompts), 4
+        params = self.session.run.params if base else self.tuned(state)
+        m = self.measure(params, p, g, first=first)
+        numbers = self.numbers(m)
+        out = {**flatten("gold/all", numbers["gold"]), **flatten("proxy", numbers["proxy"]),
+               **flatten("diversity/pixel_right", numbers["diversity"]["pixel_right"])}  # fmt: skip
+        out["kl/path"] = 0.0 if base else self.kl(params, p, 1, first=first)["mean"]
+        return {k: float(v) for k, v in out.items()}
+
+    # -- the report ----------------------------------------------------------------------------------------------
+
+    def report(self, workdir: Path, state: TrainState, history: list[dict[str, Any]], clock: dict[str, float],
+               note: str = "") -> dict[str, Any]:  # fmt: skip
+        """Judges base, tuned model and best-of-n on fresh samples; writes summary.json and report.html."""
+        began = time.time()
+        e, run = self.settings, self.session.run
+        p, g = int(e.num_prompts), int(e.samples)
+        params = self.tuned(state)
+        base = self.measure(run.params, p, g, label="samples of the base", program=self._guided)
+        aligned = self.measure(params, p, g, label="samples of the tuned model")
+        best = np.argmax(np.nan_to_num(base["proxy"], nan=-np.inf), axis=1)
+        chosen = jax.tree.map(lambda v: v[np.arange(p), best][:, None], {k: v for k, v in base.items() if k != "seconds"})
+        models = {"base": self.numbers(base), "aligned": self.numbers(aligned), "best_of_n": self.numbers(chosen)}
+        blend = []
+        pb, gb = int(e.get("blend_prompts", 64)), 4
+        for lam in e.get("blend", ()):
+            m = self.measure(params, pb, gb, lam=jnp.float32(lam), label=f"blend {lam:g}")
+            numbers = self.numbers(m)
+            blend.append({"lambda": float(lam), "kl": self.kl(params, pb, 1, lam=jnp.float32(lam))["mean"],
+                          "gold": numbers["gold"], "proxy": numbers["proxy"],
+                          "diversity": numbers["diversity"]["pixel_right"]})  # fmt: skip
+        kl = self.kl(params, pb, 2)["mean"]
+        points = [models["base"], models["aligned"]]
+        alarm = over_optimisation.alarm(
+            [*unflatten(history, "proxy"), *(m["proxy"] for m in points)] if history else [m["proxy"] for m in points],
+            [*unflatten(history, "gold/all"), *(m["gold"] for m in points)] if history else [m["gold"] for m in points],
+            [m["diversity"]["pixel_right"] for m in points],
+        )
+        curve = []
+        for n in [k for k in (1, 2, 4, 8, 16) if k <= g]:
+            pick = np.argmax(np.nan_to_num(base["proxy"][:, :n], nan=-np.inf), axis=1)
+            curve.append({"n": n, "kl": best_of_n_kl(n), "gold": rate(base["right"][np.arange(p), pick]),
+                          "proxy": mean_interval(base["proxy"][np.arange(p), pick])})  # fmt: skip
+        wall = {"train": clock["train"], "evaluate": time.time() - began, "total": time.time() - clock["since"]}
+        trained = sum(x.size for x in jax.tree.leaves(state.trained))
+        whole = summary(config=self.config.get("name", self.config.method.name), method=self.config.method.name,
+                        seed=int(self.config.seed), wall_seconds=wall, trained_parameters=trained, **models, kl=kl,
+                        alarm=alarm)  # fmt: skip
+        save_json(workdir / "summary.json", whole)
+        scales = (run.parts.guidance_scale, self.base_guidance)
+        calls = {scale: run.sampler.num_steps * (1 if scale == 1 else 2) for scale in scales}
+        costs = {"base": {"network_calls": calls[scales[1]], "reward_calls": 0, "seconds": base["seconds"]},
+                 "aligned": {"network_calls": calls[scales[0]], "reward_calls": 0, "seconds": aligned["seconds"]},
+                 "best_of_n": {"network_calls": calls[scales[1]] * g, "reward_calls": g, "seconds": base["seconds"] * g}}  # fmt: skip
+        before, after = ((m["images"][:16, 0], m["right"][:16, 0]) for m in (base, aligned))
+        (workdir / "before_after.png").write_bytes(figures.grid(before[0], after[0], before[1], after[1], self.prompts[:16]))
+        write_report(
+            workdir, summary=whole, history=history, prompts=self.prompts[:p],
+            images={"base": base["images"], "aligned": aligned["images"], "best_of_n": chosen["images"]},
+            right={"base": base["right"], "aligned": aligned["right"], "best_of_n": chosen["right"]},
+            blend=blend, best_of_n=curve, selected_from=g,
+            gain=paired_bootstrap(aligned["right"].mean(1), base["right"].mean(1)),
+            diversity_ratio=pixel_diversity_ratio(aligned["images"], aligned["right"], base["images"], base["right"]),
+            real=self.judge.real["diversity"], costs=costs, trained=self._trained(trained),
+            config_text=(workdir / "config.json").read_text(),
+            commands=self._commands(workdir),
+            notes=[f"The base is sampled at guidance {self.base_guidance:g}, the tuned model at {run.parts.guidance_scale:g}.",
+                   *([note] if note else [])],
+        )  # fmt: skip
+        return whole
+
+    def _trained(self, trained: int) -> dict[str, str]:
+        total = sum(x.size for x in jax.tree.leaves(self.session.run.params))
+        reward = self.session.run.parts.reward
+        return {"model": f"{self.config.model}, {total:,} parameters", "share": f"{trained / total:.1%} of them trained"
+                + (f", LoRA of rank {self.config.lora.rank}" if self.config.get("lora") else ""),
+                "reward": reward.name if reward else "none",
+                "kept in the judged model": f"{self.settings.get('scale', 1.0):g} of the change"}  # fmt: skip
+
+    def _commands(self, workdir: Path) -> dict[str, str]:
+        place = workdir.relative_to(Path.cwd()) if workdir.is_relative_to(Path.cwd()) else workdir
+        prompt = self.prompts[0]
+        return {
+            "sample": f'python -m alignment_jax sample --model {self.config.model} --run {place} --prompts "{prompt}" --out samples',
+            "resume": f"python -m alignment_jax train --config={self.config.get('file', 'configs/critters.py')} --workdir={place}",
+            "export": f"python -m alignment_jax export --run {place} --out {self.config.model}_aligned.safetensors",
+        }

@@ -1,0 +1,110 @@
+"""Pictures from a model or a run."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from .. import weights
+from ..algorithms.base import fold
+from ..data import prompts as prompt_files
+from ..diffusion import guided, normal
+from ..diffusion import sample as sample_chain
+from ..models.bundle import ModelBundle
+from ..rewards.check import to_uint8
+from . import build
+from .state import Partition, full_partition, lora_partition
+
+Tree = Any
+BATCH = 64
+
+
+def load_run(workdir: str | Path, scale: float | None = None) -> tuple[ModelBundle, Tree, Any]:
+    """(bundle, tuned parameters, config) of a run. Raises FileNotFoundError when there is none.
+
+    scale: how much of the change from the base is kept; None: what the run's report judged.
+    """
+    folder = Path(workdir).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no run at {folder}: it has no config.json")
+    if not (folder / "trained.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} holds no trained.safetensors yet: the run has not saved its first checkpoint")
+    config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
+    bundle, params = build.model(config)
+    partition = partition_of(config)
+    _, frozen = partition.init(jax.random.key(0), params)
+    like = jax.eval_shape(lambda p: partition.init(jax.random.key(0), p)[0], params)
+    trained = weights.load(folder / "trained.safetensors", like)
+    tuned = partition.combine(trained, frozen)
+    keep = float(config.get("evaluation", {}).get("scale", 1.0)) if scale is None else scale
+    return bundle, jax.tree.map(lambda b, p: b + keep * (p - b), params, tuned), config
+
+
+def partition_of(config: Any) -> Partition:
+    """What a config trains."""
+    lora = dict(config.get("lora") or {})
+    return build.call(lora_partition, lora, "lora") if lora else full_partition(config.get("trainable", "unet"))
+
+
+def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Array, settings: dict[str, Any],
+             x_T: jax.Array | None = None) -> np.ndarray:  # fmt: skip
+    """Samples of the prompts, decoded, [N,H,W,C] in [0, 1]; settings override the model's own for sampling."""
+    from tqdm import tqdm
+
+    sampler, guidance = build.sampler(ml_collections.ConfigDict({"sampling": settings}), bundle)
+    tokens, n = bundle.tokenize(texts), len(texts)
+    x_T = normal(fold(keys, 0), (n, *bundle.sample_shape)) if x_T is None else x_T
+
+    @jax.jit
+    def chunk(params: Tree, keys: jax.Array, tokens: jax.Array, x_T: jax.Array) -> jax.Array:
+        cond, null = (bundle.encode_text(params, t) for t in (tokens, jnp.asarray(bundle.tokenize([""]))))
+        denoise = guided(partial(bundle.denoise, params), null, guidance)
+        return bundle.decode(params, sample_chain(fold(keys, 1), denoise, cond, sampler, x_T)[0])
+
+    size, out = min(BATCH, n), []
+    for i in tqdm(range(0, n, size), desc="sample", unit="batch", disable=n <= size):
+        rows = np.minimum(np.arange(i, i + size), n - 1)
+        out.append(np.asarray(chunk(params, keys[rows], tokens[rows], x_T[rows])))
+    return np.concatenate(out)[:n]
+
+
+def generate(*, model: str, weights_file: str, run: str | None, scale: float | None, prompts: str, out: str, seed: int,
+             samples: int, noise: str | None, save_arrays: bool, settings: dict[str, Any]) -> list[Path]:  # fmt: skip
+    """Writes 0000.png, ... and prompts.txt into `out`; returns the pictures' paths. See `sample --help`."""
+    from PIL import Image
+
+    if run:
+        bundle, params, config = load_run(run, scale)
+        settings = {**dict(config.get("sampling", {})), **settings}
+    else:
+        bundle, params = build.model(ml_collections.ConfigDict({"model": model, "weights": weights_file, "seed": 0}))
+    is_file = Path(prompts).suffix in (".txt", ".jsonl", ".csv") or Path(prompts).is_file() or prompts.startswith("critters:")
+    texts = [p for p in (prompt_files.load(prompts) if is_file else [prompts]) for _ in range(samples)]
+    keys = jax.random.split(jax.random.key(seed), len(texts))
+    x_T = _noise(noise, (len(texts), *bundle.sample_shape)) if noise else None
+    array = pictures(bundle, params, texts, keys, settings, x_T)
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{i:04d}.png" for i in range(len(texts))]
+    for file, picture in zip(files, to_uint8(jnp.asarray(array)), strict=True):
+        Image.fromarray(picture).save(file)
+    (folder / "prompts.txt").write_text("\n".join(texts) + "\n")
+    if save_arrays:
+        np.save(folder / "images.npy", array.astype(np.float32))
+    return files
+
+
+def _noise(path: str, shape: tuple[int, ...]) -> jax.Array:
+    array = np.load(path)
+    if array.shape != shape:
+        raise ValueError(f"--noise holds an array {array.shape}; {shape} is needed, one noise for each picture")
+    if not np.isfinite(array).all():
+        raise ValueError(f"--noise={path} holds numbers that are not finite")
+    return jnp.asarray(array, jnp.float32)

@@ -1,0 +1,317 @@
+"""The one loop: it serves every algorithm, and owns memory, files and the clock."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from .. import weights
+from ..evaluation.over_optimisation import early_stop
+from ..evaluation.statistics import unflatten
+from ..rewards.check import probe, score_host, to_uint8
+from . import build, sharding, step
+from .checkpoint import Checkpointer, save_json
+from .evaluate import Evaluator
+from .logging import MetricLog, read
+from .programs import Programs
+from .programs import build as compile_programs
+from .state import TrainState
+
+Tree = Any
+
+
+class Session(NamedTuple):
+    """A run that is set up: its parts, programs, mesh, the arrays no step changes, and the microbatch size."""
+
+    run: build.Run
+    programs: Programs
+    mesh: Mesh
+    frozen: Tree
+    microbatch: int
+    reward_errors: str = "raise"
+
+
+def set_up(config: Any) -> tuple[Session, TrainState]:
+    """Builds everything that a config names; checks the reward on a probe batch before anything long compiles."""
+    run = build.build_run(config)
+    if run.parts.reward is not None and run.parts.algorithm.needs.reward:
+        shape = jax.eval_shape(run.parts.bundle.decode, run.params, jnp.zeros((1, *run.parts.bundle.sample_shape))).shape
+        warning = probe(run.parts.reward, shape[1:], run.source.prompts[:4])
+        if warning:
+            logging.warning(warning)
+    mesh = sharding.make_mesh()
+    programs = compile_programs(run.parts)
+    key = jax.random.key(config.seed)
+    trained, frozen_params = run.parts.partition.init(jax.random.fold_in(key, 0), run.params)
+    frozen = sharding.replicate(mesh, build.frozen_tree(run, programs, frozen_params))
+    state = programs.init(jax.random.fold_in(key, 1), sharding.replicate(mesh, trained))
+    errors = config.get("reward_errors", "raise")
+    return Session(run, programs, mesh, frozen, build.batch_sizes(config)[2], errors), state
+
+
+def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
+    """A host batch as the algorithm sees it: condition encoded, pictures as samples, cut over the devices."""
+    bundle = session.run.parts.bundle
+    data = sharding.shard(session.mesh, {k: v for k, v in batch.items() if k != "prompts"})
+    out = {"cond": session.programs.encode(session.frozen, data.pop("tokens")), "condition": data.pop("condition", {})}
+    for name, sample_name in (("images", "x0"), ("winner", "winner"), ("loser", "loser")):
+        if name in data:
+            out[sample_name] = bundle.encode(session.run.params, data.pop(name).astype(jnp.float32) / 255.0)
+    return out | data
+
+
+def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates: int = 1) -> tuple[TrainState, dict[str, Any]]:
+    """rollout, rewards, items, anchor, update: one pass of the algorithm over one host batch."""
+    programs, frozen, size = session.programs, session.frozen, session.microbatch
+    needs = session.run.parts.algorithm.needs
+    data = device_batch(session, batch)
+    n = step.leading(data)
+    number = int(state.step)
+    roll_key, prepare_key, item_key = jax.random.split(jax.random.fold_in(state.key, number), 3)
+    rolled = step.mapped(lambda k, d: programs.rollout(state, frozen, k, d), n, size, jax.random.split(roll_key, n), data)
+    rewards, metrics = None, dict[str, Any]()
+    if needs.reward == "value":
+        rewards, metrics = score(session, rolled, batch, number)
+    items, extra, info = programs.prepare(prepare_key, state.extra, rolled, rewards)
+    state = state._replace(extra=extra)
+    n_items = step.leading(items)
+    keys = jax.random.split(item_key, n_items)
+    items = step.mapped(lambda k, t: programs.anchor(state, frozen, k, t), n_items, size, keys, items)
+    if n_items % updates:
+        raise ValueError(f"{n_items} items do not divide into {updates} updates; choose one of "
+                         f"{[d for d in range(1, 17) if n_items % d == 0]}")  # fmt: skip
+    order = jax.random.permutation(prepare_key, n_items) if updates > 1 else None
+    for part in range(updates):
+        rows = slice(None) if order is None else order[part * (n_items // updates) : (part + 1) * (n_items // updates)]
+        chosen = (keys, items) if order is None else jax.tree.map(lambda x, r=rows: x[r], (keys, items))
+        state, update_info = step.update(programs, state, frozen, chosen[0], chosen[1], size, part == 0)
+    return state, {**metrics, **info, **update_info, "samples_seen": (number // updates + 1) * n}
+
+
+def score(session: Session, rolled: Tree, batch: dict[str, Any], number: int) -> tuple[jax.Array, dict[str, Any]]:
+    """Rewards [B] of a rollout, on the device or on the host; NaN where a host reward failed and may."""
+    run, programs, frozen = session.run, session.programs, session.frozen
+    assert run.parts.reward is not None
+    n = step.leading(rolled)
+    parts: dict[str, Any] = {}
+    if run.parts.reward.device:
+        inputs = (rolled["x0"], rolled.get("condition", {}))
+        rewards = step.mapped(lambda k, t: programs.score(frozen, *t), n, session.microbatch, jnp.zeros(n), inputs)
+    else:
+        pictures = to_uint8(run.parts.bundle.decode(run.params, rolled["x0"]))
+        values, parts = score_host(run.parts.reward, pictures, batch["prompts"], {}, batch_index=number,
+                                   on_error=session.reward_errors)  # fmt: skip
+        rewards = sharding.shard(session.mesh, values)
+    shown = {f"reward/{k}": np.nanmean(v) for k, v in parts.items() if np.shape(v) == (n,)}
+    return rewards, {"reward/mean": jnp.nanmean(rewards), "reward/std": jnp.nanstd(rewards), **shown}
+
+
+def train(config: Any, workdir: str | Path) -> Path:
+    """Trains, evaluates and writes the report; a workdir that holds checkpoints is resumed. Returns the workdir.
+
+    SIGTERM and Ctrl-C save a checkpoint and return quietly, so that a preempted run goes on where it was.
+    """
+    began = time.time()
+    workdir = Path(workdir).expanduser().absolute()
+    whose(workdir, config)
+    session, state = set_up(config)
+    claim(workdir, config)
+    steps, updates = int(config.steps), int(config.batch.get("updates", 1))
+    checkpoints = Checkpointer(workdir)
+    state = resume(workdir, session, state)
+    start = int(state.step) // updates
+    steps = start if stopped(workdir) else steps
+    if start:
+        print(f"resumed         from step {start}", flush=True)
+    log = MetricLog(workdir, start)
+    announce(config, session, state, steps)
+    evaluator = Evaluator(config, session) if config.get("evaluation") else None
+    stop = Interrupt()
+    guard = Guard(workdir, session) if evaluator and config.get("early_stop") else None
+    if evaluator and config.evaluate_every and start == 0 and steps > 0:
+        log.write(0, evaluator.quick(state, base=True))
+        if guard:
+            guard.look(state)
+    samples = config.batch.prompts * config.batch.get("group", 1)
+    trained_seconds = time.time()
+    from tqdm import tqdm
+
+    with stop, tqdm(total=steps, initial=start, desc="align", unit="step", disable=jax.process_index() > 0) as bar:
+        for number in range(start, steps):
+            clock = time.perf_counter()
+            state, metrics = one_step(session, state, next(session.run.source), updates)
+            last = number + 1 == steps
+            metrics = {k: float(v) for k, v in metrics.items()} | {"lr": float(session.run.learning_rate(int(state.step) - 1))}
+            metrics["images_per_second"] = samples / (time.perf_counter() - clock)
+            if not np.isfinite(metrics["loss"]):
+                raise FloatingPointError(f"the loss is {metrics['loss']} at step {number + 1}; the last checkpoint is step "
+                                         f"{max(checkpoints.steps(), default=0)}. Try a lower learning rate.")  # fmt: skip
+            judged = evaluator and config.evaluate_every and ((number + 1) % config.evaluate_every == 0 or last)
+            if evaluator and judged:
+                metrics |= evaluator.quick(state)
+            log.write(number + 1, metrics)
+            bar.update()
+            bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "reward", "reward/mean", "gold/all") if k in metrics})
+            if stop.asked or last or (config.checkpoint_every and (number + 1) % config.checkpoint_every == 0):
+                save(workdir, checkpoints, session, state)
+            if guard and judged and guard.look(state):
+                state = resume(workdir, session, state)
+                break
+            if stop.asked:
+                break
+    checkpoints.close()
+    log.close()
+    if stop.asked:
+        print(f"stopped at step {int(state.step) // updates}; the same command goes on from there", flush=True)
+        return workdir
+    if evaluator:
+        clocks = {"train": time.time() - trained_seconds, "since": began}
+        evaluator.report(workdir, state, read(workdir / "metrics.jsonl"), clocks, stopped(workdir))
+    return workdir
+
+
+def resume(workdir: Path, session: Session, state: TrainState) -> TrainState:
+    """The newest checkpoint, or the best one of a run that was stopped early; `state` itself where there is none."""
+    checkpoints = Checkpointer(workdir, "best" if stopped(workdir) else "checkpoints")
+    if checkpoints.steps():
+        restored, position = checkpoints.restore(state)
+        state = sharding.replicate(session.mesh, restored)
+        session.run.source.set_state(position)
+    checkpoints.close()
+    return state
+
+
+def stopped(workdir: Path) -> str:
+    """Why a run was stopped early; empty when it was not."""
+    path = workdir / "stopped.json"
+    return json.loads(path.read_text())["reason"] if path.exists() else ""
+
+
+class Guard:
+    """Early stopping on the gold panel: keeps the best state in workdir/best, and says when gold has fallen from it."""
+
+    def __init__(self, workdir: Path, session: Session):
+        self.workdir, self.session, self.best = workdir, session, Checkpointer(workdir, "best", keep=1)
+
+    def look(self, state: TrainState) -> bool:
+        """To be called after each measurement; True: stop, stopped.json and trained.safetensors are those of the best state."""
+        gold = unflatten(read(self.workdir / "metrics.jsonl"), "gold/all")
+        verdict = early_stop(gold)
+        if verdict["best"] == len(gold) - 1:
+            self.best.save(state, self.session.run.source.get_state())
+        if not verdict["stop"]:
+            return False
+        step = self.best.steps()[-1]
+        reason = f"Stopped early at step {int(state.step)}: {verdict['reason']} The state of step {step} is kept."
+        weights.save(self.workdir / "trained.safetensors", averaged(self.best.restore(state)[0]))
+        save_json(self.workdir / "stopped.json", {"step": step, "reason": reason})
+        print(f"\n{reason}", flush=True)
+        return True
+
+
+def save(workdir: Path, checkpoints: Checkpointer, session: Session, state: TrainState) -> None:
+    """A checkpoint to resume from, and the tuned parameters alone for whoever samples."""
+    checkpoints.save(state, session.run.source.get_state())
+    if jax.process_index() == 0:
+        weights.save(workdir / "trained.safetensors", averaged(state))
+
+
+def averaged(state: TrainState) -> Tree:
+    """What is evaluated, sampled and exported: the averaged parameters, or the last ones where none are kept."""
+    return state.trained if state.ema is None else state.ema
+
+
+def plain(config: Any) -> Any:
+    """A config as the JSON tree that config.json holds."""
+    return json.loads(config.to_json_best_effort() if hasattr(config, "to_json_best_effort") else json.dumps(config))
+
+
+def whose(workdir: Path, config: Any) -> None:
+    """Raises ValueError when the workdir holds a run of another config, saying what differs."""
+    path = workdir / "config.json"
+    differs = differences(json.loads(path.read_text()), plain(config)) if path.exists() else []
+    if differs:
+        raise ValueError(f"{workdir} holds a run of another config:\n  " + "\n  ".join(differs[:10])
+                         + "\nChoose another --workdir, or delete that one.")  # fmt: skip
+
+
+def claim(workdir: Path, config: Any) -> None:
+    """Makes the workdir and writes config.json; called once everything that the config names has been built."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_json(workdir / "config.json", plain(config))
+
+
+def differences(theirs: Any, mine: Any, where: str = "config") -> list[str]:
+    """Leaves that differ between two JSON trees, one line each."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        return [line for k in sorted(theirs.keys() | mine.keys())
+                for line in differences(theirs.get(k, "(absent)"), mine.get(k, "(absent)"), f"{where}.{k}")]  # fmt: skip
+    return [] if theirs == mine else [f"{where}: there {theirs!r}, here {mine!r}"]
+
+
+def announce(config: Any, session: Session, state: TrainState, steps: int) -> None:
+    """The first lines of a run: what will happen."""
+    prompts, group, micro = build.batch_sizes(config)
+    trained = sum(x.size for x in jax.tree.leaves(state.trained))
+    total = sum(x.size for x in jax.tree.leaves(session.run.params))
+    devices = jax.devices()
+    lines = [
+        f"devices         {len(devices)} x {devices[0].device_kind} ({jax.process_count()} process)",
+        f"method          {config.method.name}, {steps} steps, seed {config.seed}",
+        f"model           {config.model}, {total:,} parameters, {trained:,} of them trained"
+        + (" (LoRA)" if config.get("lora") else ""),
+        f"batch           {prompts} prompts x {group} = {prompts * group} samples a step, in microbatches of {micro}",
+    ]
+    if config.get("expected_minutes"):
+        lines.append(f"expected        about {config.expected_minutes:g} minutes on 2 CPU cores, evaluation included")
+    if jax.process_index() == 0:
+        print("\n".join(lines), flush=True)
+
+
+class Interrupt:
+    """Turns SIGTERM and the first Ctrl-C into a wish to stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        def handle(number: int, frame: Any) -> None:
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.asked = True
+            print("\nstopping after this step, with a checkpoint", flush=True)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, handle)
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+
+def evaluate_run(workdir: str | Path) -> dict[str, Any]:
+    """Judges the newest checkpoint of a run anew; rewrites its report and returns the summary."""
+    import ml_collections
+
+    workdir = Path(workdir).expanduser().absolute()
+    if not (workdir / "config.json").is_file():
+        raise FileNotFoundError(f"no run at {workdir}: it has no config.json")
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    if not Checkpointer(workdir).steps():
+        raise FileNotFoundError(f"{workdir} holds no checkpoint yet")
+    session, state = set_up(config)
+    state = resume(workdir, session, state)
+    rows = read(workdir / "metrics.jsonl")
+    clock = {"train": rows[-1]["time"] if rows else 0.0, "since": time.time()}
+    return Evaluator(config, session).report(workdir, state, rows, clock, stopped(workdir))

@@ -1,0 +1,135 @@
+"""The compiled programs of a run: init, encode, rollout, score, prepare, anchor, gradient, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..algorithms.base import Algorithm, Networks
+from ..diffusion import Denoise, guided
+from ..models.bundle import ModelBundle
+from ..rewards.base import Reward
+from .state import Partition, TrainState, follow
+
+Array = jax.Array
+Tree = Any
+
+
+class Parts(NamedTuple):
+    """The parts that a config names, built."""
+
+    bundle: ModelBundle
+    algorithm: Algorithm
+    partition: Partition
+    optimizer: optax.GradientTransformation
+    reward: Reward | None = None
+    guidance_scale: float = 1.0
+    ema_decay: float = 0.0
+
+
+class Programs(NamedTuple):
+    """Jitted functions; `frozen` is {"params", "reward", "null"}, always an argument and never closed over."""
+
+    init: Callable[..., TrainState]
+    encode: Callable[..., Tree]
+    rollout: Callable[..., Tree]
+    score: Callable[..., Array]
+    prepare: Callable[..., Any]
+    anchor: Callable[..., Tree]
+    gradient: Callable[..., Any]
+    accumulate: Callable[..., Any]
+    apply: Callable[..., Any]
+
+
+def bind(parts: Parts, trained: Tree, copies: Tree, frozen: Tree) -> Networks:
+    """The networks an algorithm sees: policy, its copies, and the reward with its gradient; guidance applied."""
+    guidance = {**dict.fromkeys(["policy", *copies], parts.guidance_scale), **parts.algorithm.needs.guidance}
+
+    def network(name: str, tree: Tree) -> Denoise:
+        denoise = partial(parts.bundle.denoise, parts.partition.combine(tree, frozen["params"]))
+        return guided(denoise, frozen["null"], guidance[name])
+
+    networks: dict[str, Callable[..., Array]] = {"policy": network("policy", trained)}
+    networks |= {name: network(name, jax.lax.stop_gradient(tree)) for name, tree in copies.items()}
+    if parts.algorithm.needs.reward == "gradient":
+        networks["reward"] = partial(differentiable_reward, parts, frozen)
+    return networks
+
+
+def differentiable_reward(parts: Parts, frozen: Tree, keys: Array, x0: Array, condition: Tree) -> Array:
+    """r(augment(decode(x0)), c) [B] with a gradient; the augmentation of a microbatch comes from its first key."""
+    assert parts.reward is not None
+    observation = parts.bundle.decode(frozen["params"], x0)
+    if parts.reward.augment is not None:
+        observation = parts.reward.augment(keys[0], observation)
+    return parts.reward.score(frozen["reward"], observation, condition)
+
+
+def build(parts: Parts) -> Programs:
+    """Compiles nothing yet: each program compiles at its first call, and only then."""
+    algorithm, bundle = parts.algorithm, parts.bundle
+
+    def init(key: Array, trained: Tree) -> TrainState:
+        # built inside jit, so that no buffer is shared with the caller's parameters: donation deletes them
+        key_extra, key_run = jax.random.split(key)
+        copies = {name: trained for name in algorithm.needs.copies}
+        ema = trained if parts.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), trained, parts.optimizer.init(trained), copies, ema,
+                          algorithm.init(key_extra), key_run)  # fmt: skip
+
+    def encode(frozen: Tree, tokens: Array) -> Tree:
+        return {"tokens": tokens} if parts.partition.trains_text else bundle.encode_text(frozen["params"], tokens)
+
+    def rollout(state: TrainState, frozen: Tree, keys: Array, data: Tree) -> Tree:
+        return algorithm.rollout(keys, bind(parts, state.trained, state.copies, frozen), data)
+
+    def score(frozen: Tree, x0: Array, condition: Tree) -> Array:
+        assert parts.reward is not None
+        return parts.reward.score(frozen["reward"], bundle.decode(frozen["params"], x0), condition)
+
+    def prepare(key: Array, extra: Tree, rolled: Tree, rewards: Array | None) -> Any:
+        return algorithm.prepare(key, extra, rolled, rewards)
+
+    def anchor(state: TrainState, frozen: Tree, keys: Array, items: Tree) -> Tree:
+        return algorithm.anchor(keys, bind(parts, state.trained, state.copies, frozen), items)
+
+    def gradient(trained: Tree, copies: Tree, frozen: Tree, keys: Array, items: Tree, share: Array) -> Any:
+        """(gradients, sums): share [m] is each item's share of the whole batch, 0 for padding."""
+
+        def total(trained: Tree) -> tuple[Array, dict[str, Array]]:
+            losses, info = algorithm.loss(keys, bind(parts, trained, copies, frozen), items)
+            values = {"loss": losses, **jax.lax.stop_gradient(info)}
+            kept = share > 0
+            sums = {k: jnp.where(kept, v, -jnp.inf).max() if k.endswith("_max") else jnp.where(kept, share * v, 0.0).sum()
+                    for k, v in values.items()}  # fmt: skip
+            return sums["loss"], sums
+
+        grads, sums = jax.grad(total, has_aux=True)(trained)
+        return grads, sums
+
+    def accumulate(a: Any, b: Any) -> Any:
+        (grads_a, sums_a), (grads_b, sums_b) = a, b
+        sums = {k: jnp.maximum(v, sums_b[k]) if k.endswith("_max") else v + sums_b[k] for k, v in sums_a.items()}
+        return jax.tree.map(jnp.add, grads_a, grads_b), sums
+
+    def apply(state: TrainState, gradients: Any) -> tuple[TrainState, dict[str, Array]]:
+        grads, sums = gradients
+        updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        step = state.step + 1
+        rules = algorithm.needs.copies
+        copies = {name: follow(rules[name], copy, trained, step) for name, copy in state.copies.items()}
+        ema = follow(("ema", parts.ema_decay), state.ema, trained, step) if parts.ema_decay else None
+        info = {**sums, "grad_norm": optax.tree.norm(grads)}
+        return state._replace(step=step, trained=trained, opt_state=opt_state, copies=copies, ema=ema), info
+
+    return Programs(
+        init=jax.jit(init), encode=jax.jit(encode), rollout=jax.jit(rollout), score=jax.jit(score),
+        prepare=jax.jit(prepare), anchor=jax.jit(anchor), gradient=jax.jit(gradient),
+        accumulate=jax.jit(accumulate, donate_argnums=0), apply=jax.jit(apply, donate_argnums=0),
+    )  # fmt: skip

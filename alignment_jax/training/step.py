@@ -1,0 +1,81 @@
+"""One step of any algorithm: rollout, rewards, items, anchor, update; cut into equal microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .programs import Programs
+from .state import TrainState
+
+Array = jax.Array
+Tree = Any
+
+
+class Cut(NamedTuple):
+    """How N items are cut: `parts` microbatches of `size`, the last ones padded with copies of the first item."""
+
+    n: int
+    size: int
+    parts: int
+
+
+def cut(n: int, size: int) -> Cut:
+    """Microbatches of at most `size` for n items, all of one shape."""
+    size = min(size, n)
+    return Cut(n, size, -(-n // size))
+
+
+def microbatches(tree: Tree, c: Cut) -> Iterator[Tree]:
+    """The microbatches, cut across the leading axis: item j of microbatch i is j * parts + i.
+
+    Across, not along: along, a batch sharded over devices would have to be gathered for every microbatch.
+    """
+    if c.parts == 1:
+        yield tree
+        return
+    for i in range(c.parts):
+        rows = np.arange(i, c.size * c.parts, c.parts)
+        rows = np.where(rows < c.n, rows, 0)
+        yield jax.tree.map(lambda x, rows=rows: x[rows], tree)
+
+
+def join(parts: list[Tree], c: Cut) -> Tree:
+    """The inverse of `microbatches`: puts results back in order and drops the padding."""
+    if c.parts == 1:
+        return parts[0]
+    return jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:])[: c.n], *parts)
+
+
+def mapped(program: Any, n: int, size: int, keys: Array, tree: Tree) -> Tree:
+    """program(keys, tree) over microbatches, joined."""
+    c = cut(n, size)
+    return join([program(k, t) for k, t in microbatches((keys, tree), c)], c)
+
+
+def leading(tree: Tree) -> int:
+    """The length of the leading axis."""
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def update(programs: Programs, state: TrainState, frozen: Tree, keys: Array, items: Tree, size: int,
+           first: bool = True) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One optimiser step on all items [N]; gradients are accumulated over microbatches of `size`.
+
+    first: the parameters are still those of the anchor; the loss finds it in items["first"] [N].
+    """
+    n = leading(items)
+    c = cut(n, size)
+    items = {**items, "first": jnp.full((n,), first)}
+    share = jnp.full((n,), 1.0 / n)
+    total = None
+    for i, (k, t, s) in enumerate(microbatches((keys, items, share), c)):
+        if c.parts > 1:  # padding repeats the first item and must weigh nothing
+            s = jnp.where(np.arange(i, c.size * c.parts, c.parts) < n, s, 0.0)
+        part = programs.gradient(state.trained, state.copies, frozen, k, t, s)
+        total = part if total is None else programs.accumulate(total, part)
+    return programs.apply(state, total)

@@ -1,0 +1,83 @@
+"""Align the critters model: held-out prompts, a proxy reward, a gold judge that training never sees.
+
+  python -m alignment_jax train --config=configs/critters.py:default --workdir=runs/default --config.seed=0
+
+The recipe is DRaFT-4 held near the base (anchor 2), of whose change 0.7 is kept. On two cores, in 258 to 289 s with evaluation,
+1 024 samples of 128 held-out prompts, gold all-right rate [95 %] and pixel diversity among right samples, relative to the base:
+  base, at its best guidance (2), twice the calls   .613 [.565, .659]  1
+  seed 0 / 1 / 2     .888 [.860, .910] / .868 [.840, .892] / .901 [.874, .923]     .94 / .91 / .90
+  best of 8 of the base by the proxy                .961 [.912, .983]
+The 0.7 was chosen on other held-out prompts. There, 280 steps with all of the change kept gave .93-.94 at diversity .75-.81,
+0.85: .92-.93 at .83-.88, 0.65: .86-.89 at .92-.95; with anchor 1 all of the change gave .74 at .77: the proxy was hacked.
+On 128 further held-out prompts that had part in no choice: base .541, seeds 0 / 1 / 2 .836 / .820 / .865 at .95 / .92 / .93.
+On the report's prompts anchor 10, 180 steps, all of the change kept: .86 / .83 at .96 / .93 (seeds 0 / 1).
+Guidance 1.5 on the tuned model buys gold at a worse price in diversity than more of the change does.
+What the other configs do stands in tests/curves and in the README's table.
+"""
+
+from ml_collections import ConfigDict
+
+# what each argument changes in the default recipe: method, and where needed batch, sampling, reward, optimiser, data
+CHANGES = {
+    "default": {"method": {"name": "draft", "k": 4, "anchor_weight": 2.0}, "steps": 260, "evaluation.scale": 0.7},
+    # over-optimisation on purpose: one differentiated step against a proxy that knows clean pictures only, nothing held back
+    "hackable": {"method": {"name": "draft", "k": 1}, "steps": 180, "reward": "critters_fragile", "optimizer.learning_rate": 5e-3},
+    "draft": {"method": {"name": "draft", "k": 4}, "steps": 180},
+    "draft1": {"method": {"name": "draft", "k": 1, "anchor_weight": 2.0}},
+    "draft_lv": {"method": {"name": "draft", "k": 1, "lv": 2, "anchor_weight": 2.0}},
+    "alignprop": {"method": {"name": "alignprop", "mean_k": 4.0, "std_k": 2.0}, "steps": 100},
+    "refl": {"method": {"name": "refl", "window": 0.5, "anchor_weight": 2.0}},
+    "ddpo": {"method": {"name": "ddpo", "advantage": "group", "timestep_fraction": 0.5}, "sampling.eta": 1.0, "steps": 100,
+             "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 3e-4},
+    "diffusion_nft": {"method": {"name": "diffusion_nft", "reference_weight": 1.0, "draws": 2, "adaptive": False},
+                      "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "steps": 160},
+    "raft": {"method": {"name": "raft", "top": 1, "draws": 4}, "batch": {"prompts": 16, "group": 8, "microbatch": 64},
+             "steps": 160, "optimizer.learning_rate": 3e-4},
+    # pairs: an .npz of winner, loser, prompts and preference; these are made by
+    #   python -m alignment_jax label --guidance_scale=2 --pairs=4096 --out=data_cache/critters_pairs.npz
+    "diffusion_dpo": {"method": {"name": "diffusion_dpo", "beta": 500.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
+                      "steps": 400, "optimizer.learning_rate": 3e-4},
+    # the renders themselves, drawn on first use, with their noisy captions
+    "sft": {"method": {"name": "sft"}, "data": {"labels": "critters"}, "steps": 400, "optimizer.learning_rate": 3e-4},
+    "jpeg": {"method": {"name": "ddpo", "advantage": "group", "timestep_fraction": 0.5}, "reward": "jpeg_compressibility",
+             "sampling.eta": 1.0, "steps": 100, "batch": {"prompts": 8, "group": 8, "microbatch": 64},
+             "optimizer.learning_rate": 3e-4},
+}  # fmt: skip
+ARGUMENTS = tuple(CHANGES)
+
+
+def get_config(method: str = "default") -> ConfigDict:
+    if method not in ARGUMENTS:
+        raise ValueError(f"configs/critters.py has no {method!r}; choose one of {', '.join(ARGUMENTS)}")
+    c = ConfigDict()
+    c.name = f"critters:{method}"
+    c.file = f"configs/critters.py:{method}"
+    c.seed = 0
+    c.steps = 240
+    c.checkpoint_every = 60
+    c.evaluate_every = 60  # 0: never
+    c.early_stop = False  # True: stop once gold has fallen from its best, and go back there
+    c.expected_minutes = 4.0
+    c.model = "critters"
+    c.model_options = ConfigDict({"dtype": "float32"})  # or bfloat16: what the network computes in
+    c.weights = "shipped"  # or "init", or a .safetensors file
+    c.reward = "critters_proxy"  # or "module:function", or [("name", weight), ...]
+    c.reward_errors = "raise"  # "mask": go on without the pictures on which a host reward fails
+    c.method = ConfigDict({"name": "draft", "k": 4, "anchor_weight": 2.0})
+    c.optimizer = ConfigDict({"name": "adamw", "learning_rate": 1e-3, "b2": 0.99, "warmup_steps": 10, "clip_norm": 1.0,
+                              "ema": 0.9})  # fmt: skip
+    c.batch = ConfigDict({"prompts": 32, "group": 1, "microbatch": 32})
+    c.sampling = ConfigDict({"num_steps": 8, "eta": 0.0, "guidance_scale": 1.0})
+    c.lora = ConfigDict({"rank": 16, "targets": "unet"})
+    c.data = ConfigDict({"prompts": "critters:train"})
+    c.evaluation = ConfigDict({
+        "judge": "critters_gold", "prompts": "critters:held_out", "num_prompts": 128, "samples": 8, "quick_prompts": 32,
+        "blend": (0.25, 0.5, 0.75, 1.0, 1.25), "blend_prompts": 48, "scale": 1.0, "base_guidance_scale": 2.0,
+        "seed": 1234,
+    })  # fmt: skip
+    for field, value in CHANGES[method].items():
+        if isinstance(value, dict):
+            c[field] = ConfigDict(value)
+        else:
+            c.update_from_flattened_dict({field: value})
+    return c

@@ -1,0 +1,131 @@
+"""One table of properties that every registered algorithm has, on the 2-D mixture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import worlds
+
+from alignment_jax.algorithms import ALGORITHMS
+from alignment_jax.evaluation.metrics import describe
+from alignment_jax.training.checkpoint import Checkpointer
+
+NAMES = sorted(ALGORITHMS)
+VALUE = sorted(n for n, e in ALGORITHMS.items() if e.reward == "value")
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learns(name):
+    parts, _, start, frozen, sampler = worlds.mixture_run(name)
+    before = worlds.mean_reward(parts, start.trained, frozen, sampler)
+    _, _, state, _, _, log = worlds.run_steps(name, 60)
+    if name == "guidance_distillation":  # it has a teacher to match, not a reward to raise
+        assert log[-1]["loss"] < 0.2 * log[0]["loss"], (log[0], log[-1])
+        return
+    after = worlds.mean_reward(parts, state.trained, frozen, sampler)
+    assert after > before + 0.4, (before, after)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_reaches_every_trained_leaf_and_no_frozen_one(name, lora):
+    parts, programs, start, frozen, _ = worlds.mixture_run(name, lora=lora)
+    data = worlds.mixture_data(parts.algorithm.needs.data, jax.random.key(3))
+    before, frozen_before = jax.tree.map(np.array, start.trained), jax.tree.map(np.array, frozen["params"])
+    state = start
+    for number in range(3):  # LoRA's a moves only once b has left zero
+        state, _ = worlds.one_step(parts, programs, state, frozen, data, number)
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state.trained, before)
+    assert all(jax.tree.leaves(moved)), moved
+    assert same(frozen["params"], frozen_before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_each_program_once_over_ten_steps(name):
+    """Also: every number that a method reports is in the catalogue of metrics."""
+    _, programs, *_, log = worlds.run_steps(name, 10, n=32, size=16)
+    assert all(describe(metric) for metric in log[0])
+    sizes = {k: f._cache_size() for k, f in programs._asdict().items()}
+    assert all(size <= 1 for size in sizes.values()), sizes
+    assert sizes["gradient"] == 1 and sizes["apply"] == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accumulated_equals_full_batch(name):
+    """Microbatches of 64, 24 (with padding) and 16 give the same parameters; padding must weigh nothing."""
+    ends = [worlds.run_steps(name, 2, n=64, size=size)[2].trained for size in (64, 24, 16)]
+    for other in ends[1:]:
+        for a, b in zip(leaves(ends[0]), leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deterministic_and_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
+    straight = worlds.run_steps(name, 4, n=32)[2]
+    assert same(straight, worlds.run_steps(name, 4, n=32)[2])
+    half = worlds.run_steps(name, 2, n=32)[2]
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(half, {"position": 2})
+    blank = worlds.mixture_run(name)[2]
+    restored, position = checkpoints.restore(blank)
+    checkpoints.close()
+    assert position == {"position": 2} and int(restored.step) == 2
+    resumed = worlds.run_steps(name, 2, n=32, start=restored, first=2)[2]
+    assert same(straight, resumed)
+
+
+REWARDS = {
+    "constant": lambda p, x, c: jnp.zeros(len(x)),
+    "huge": lambda p, x, c: 1e30 * x[:, 0],
+    "equal": lambda p, x, c: jnp.full(len(x), 0.1),
+    "failed": lambda p, x, c: jnp.where(jnp.arange(len(x)) % 3 == 0, jnp.nan, x[:, 0]),
+    "all failed": lambda p, x, c: jnp.full(len(x), jnp.nan),
+}
+
+
+@pytest.mark.parametrize("name", VALUE)
+@pytest.mark.parametrize("kind", REWARDS)
+def test_no_nan_under_odd_rewards(name, kind):
+    state = worlds.run_steps(name, 2, n=32, reward=REWARDS[kind])[2]
+    assert all(np.isfinite(x).all() for x in leaves(state.trained))
+
+
+def test_one_device_equals_eight():
+    """All methods in one process with eight fake devices against this one, three steps each."""
+    here = Path(__file__).parent
+    script = f"""
+import sys; sys.path.insert(0, {str(here.parent)!r})
+import json, jax, numpy as np, worlds
+from alignment_jax.training import sharding
+assert jax.device_count() == 8
+mesh = sharding.make_mesh()
+original = worlds.mixture_data
+worlds.mixture_data = lambda *a, **k: sharding.shard(mesh, original(*a, **k))
+out = {{}}
+for name in {NAMES!r}:
+    state = worlds.run_steps(name, 3, n=64)[2]
+    out[name] = [np.asarray(x).ravel()[:50].tolist() for x in jax.tree.leaves(state.trained)]
+print(json.dumps(out))
+"""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=here.parent.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    eight = json.loads(done.stdout.strip().splitlines()[-1])
+    for name in NAMES:
+        one = [np.asarray(x).ravel()[:50] for x in jax.tree.leaves(worlds.run_steps(name, 3, n=64)[2].trained)]
+        for a, b in zip(one, eight[name], strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-4, err_msg=name)

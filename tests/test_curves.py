@@ -1,0 +1,58 @@
+"""What each config of the critters does to the gold judge, against the base, over time: measured, committed, checked.
+
+The slow tier measures anew and writes tests/curves/NAME.json:
+  python -m pytest tests/test_curves.py -m slow -k diffusion_nft
+"""
+
+import json
+import platform
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from alignment_jax.evaluation.statistics import unflatten
+from alignment_jax.training.logging import read
+from alignment_jax.training.loop import plain
+
+ROOT = Path(__file__).parents[1]
+CURVES = ROOT / "tests" / "curves"
+CONFIGS = runpy.run_path(str(ROOT / "configs" / "critters.py"))
+NAMES = CONFIGS["ARGUMENTS"]
+SERIES = ("gold/all", "proxy", "diversity/pixel_right")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_measure(name, tmp_path):
+    """Trains the config as it stands and writes what was measured."""
+    if name == "diffusion_dpo" and not (ROOT / "data_cache" / "critters_pairs.npz").exists():
+        command = ["label", "--guidance_scale=2", "--pairs=4096", "--out=data_cache/critters_pairs.npz"]
+        subprocess.run([sys.executable, "-m", "alignment_jax", *command], check=True, cwd=ROOT)
+    workdir = tmp_path / name
+    command = ["train", f"--config=configs/critters.py:{name}", f"--workdir={workdir}"]
+    subprocess.run([sys.executable, "-m", "alignment_jax", *command], check=True, cwd=ROOT)
+    summary = json.loads((workdir / "summary.json").read_text())
+    rows = [row for row in read(workdir / "metrics.jsonl") if "gold/all" in row]
+    over_time = {key: unflatten(rows, key) for key in SERIES}
+    curve = {
+        "name": name, "method": summary["method"], "seed": summary["seed"], "config": plain(CONFIGS["get_config"](name)),
+        "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].platform} device, jax {jax.__version__}",
+        "wall_seconds": summary["wall_seconds"], "trained_parameters": summary["trained_parameters"], "kl": summary["kl"],
+        "alarm": summary["alarm"], **{m: {k: summary[m][k] for k in ("gold", "proxy", "diversity")} for m in ("base", "aligned")},
+        "over_time": [{"step": row["step"], "seconds": row["time"], "kl": row["kl/path"], **{k: over_time[k][i] for k in SERIES}}
+                      for i, row in enumerate(rows)],
+    }  # fmt: skip
+    CURVES.mkdir(exist_ok=True)
+    (CURVES / f"{name}.json").write_text(json.dumps(curve, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_curve_belongs_to_the_present_config(name):
+    curve = json.loads((CURVES / f"{name}.json").read_text())
+    assert curve["config"] == plain(CONFIGS["get_config"](name)), "measure anew: see the head of this file"
+    assert curve["over_time"][0]["step"] == 0 and curve["over_time"][-1]["step"] == curve["config"]["steps"]
+    assert curve["wall_seconds"]["total"] > 0 and {"low", "high", "mean"} <= set(curve["aligned"]["gold"])
