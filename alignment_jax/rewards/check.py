@@ -13,13 +13,14 @@ from .base import Reward
 
 
 def probe(reward: Reward, image_shape: tuple[int, ...], prompts: Sequence[str]) -> str | None:
-    """Scores random pictures for the prompts [B]; returns a warning, or None.
+    """Scores random pictures, in turn of noise and of one colour, for the prompts [B]; returns a warning, or None.
 
     Raises ValueError when the scores have a wrong shape, are not numbers, lie outside the declared range or when the
     reward fails; the message names the reward, and the prompt where one is to blame. Constant scores are a warning.
     """
     n = len(prompts)
     images = np.random.default_rng(0).integers(0, 256, (n, *image_shape), np.uint8)
+    images[1::2] = images[1::2, :1, :1]  # a clipped score may be at its floor for any noise
     if reward.device:
         condition = reward.encode(prompts) if reward.encode else {}
         try:
