@@ -1,4 +1,4 @@
-"""python -m alignment_jax {train, sample, evaluate, label, list, selfcheck, export}."""
+"""python -m alignment_jax {train, sample, evaluate, score, label, export, convert, list, selfcheck}."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; a mistake of the user ends with one message and exit code 2, not with a traceback."""
     argv = list(sys.argv if argv is None else argv)
     commands = {"train": (_train_flags, train), "sample": (_sample_flags, sample), "evaluate": (_evaluate_flags, evaluate),
-                "label": (_label_flags, label), "list": (_list_flags, list_), "selfcheck": (_selfcheck_flags, selfcheck),
-                "export": (_export_flags, export)}  # fmt: skip
+                "score": (_score_flags, score), "label": (_label_flags, label), "export": (_export_flags, export),
+                "convert": (_convert_flags, convert), "list": (_list_flags, list_),
+                "selfcheck": (_selfcheck_flags, selfcheck)}  # fmt: skip
     if len(argv) < 2 or argv[1] not in commands:
         asked = f"{argv[1]!r} is not a command. " if len(argv) > 1 and not argv[1].startswith("-") else ""
         print(f"{asked}usage: python -m alignment_jax {{{','.join(commands)}}} [flags]; COMMAND --help tells the flags",
@@ -92,18 +93,27 @@ def train(rest: Sequence[str]) -> None:
 
 
 def _sample_flags() -> None:
-    flags.DEFINE_string("model", "critters", "A model's name (list models), or module:factory.")
-    flags.DEFINE_string("weights", "shipped", "A .safetensors file of the whole model instead of the shipped weights.")
+    flags.DEFINE_string("model", "critters", "A name (list models), a folder as diffusers writes it, a hub id, or module:factory.")
+    flags.DEFINE_string("weights", "shipped", "A .safetensors file of the whole model instead of its own weights.")
     flags.DEFINE_string("run", None, "Workdir of a run: its tuned parameters are used.")
     flags.DEFINE_float("scale", None, "How much of the run's change is used: 0 the base, 1 all; default as it was judged.")
     flags.DEFINE_string("prompts", None, "A prompt, or a txt, jsonl or csv file of prompts.")
+    flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
     flags.DEFINE_string("out", None, "Folder for the pictures.")
+    flags.DEFINE_string("scheduler", None, "ddim, ddpm, euler, euler_ancestral, dpmsolver++, sde-dpmsolver++ or lcm.")
+    flags.DEFINE_string("spacing", None, "Where its times lie: leading, trailing or linspace.")
+    flags.DEFINE_integer("height", None, "Of the pictures, in pixels.", lower_bound=8)
+    flags.DEFINE_integer("width", None, "Of the pictures, in pixels.", lower_bound=8)
+    flags.DEFINE_string("dtype", None, "What networks compute in: float32 or bfloat16.")
+    flags.DEFINE_string("variant", None, "Of the weights' files, such as fp16.")
     flags.DEFINE_integer("num_steps", None, "Network calls a picture.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance.")
+    flags.DEFINE_float("guidance_rescale", None, "The share of guidance's gain in contrast that is taken back, 0 to 1.")
     flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1.")
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_integer("samples", 1, "Pictures a prompt.", lower_bound=1)
-    flags.DEFINE_string("noise", None, "An .npy of the initial noise [N, ...], unit variance, instead of the seed's.")
+    flags.DEFINE_integer("batch", 64, "Pictures at once.", lower_bound=1)
+    flags.DEFINE_string("noise", None, "An .npy of the initial noise, unit variance, [N,h,w,c] or diffusers' latents [N,c,h,w].")
     flags.DEFINE_bool("save_arrays", False, "Also write images.npy, float32 in [0, 1], [N,H,W,C].")
     flags.mark_flags_as_required(["prompts", "out"])
 
@@ -114,10 +124,11 @@ def sample(rest: Sequence[str]) -> None:
     _compilation_cache()
     from .training.generate import generate
 
-    settings = {k: FLAGS[k].value for k in ("num_steps", "guidance_scale", "eta") if FLAGS[k].value is not None}
+    settings = _given("num_steps", "guidance_scale", "guidance_rescale", "eta", "scheduler", "spacing")
     files = generate(model=FLAGS.model, weights_file=FLAGS.weights, run=FLAGS.run, scale=FLAGS.scale, prompts=FLAGS.prompts,
                      out=FLAGS.out, seed=FLAGS.seed, samples=FLAGS.samples, noise=FLAGS.noise,
-                     save_arrays=FLAGS.save_arrays, settings=settings)  # fmt: skip
+                     save_arrays=FLAGS.save_arrays, settings=settings, negative=FLAGS.negative_prompt, batch=FLAGS.batch,
+                     options=_given("height", "width", "dtype", "variant"))  # fmt: skip
     print(f"{len(files)} pictures in {FLAGS.out}")
 
 
@@ -164,7 +175,7 @@ def label(rest: Sequence[str]) -> None:
     _compilation_cache()
     from .training.label import label as make
 
-    settings = {k: FLAGS[k].value for k in ("num_steps", "guidance_scale") if FLAGS[k].value is not None}
+    settings = _given("num_steps", "guidance_scale")
     made = make(model=FLAGS.model, run=FLAGS.run, prompts=FLAGS.prompts, annotator=FLAGS.annotator, out=FLAGS.out,
                 seed=FLAGS.seed, pairs=FLAGS.pairs, settings=settings)  # fmt: skip
     print(f"{made['pairs']} pairs, {made['ties']} of them ties, in {FLAGS.out}")
@@ -215,20 +226,76 @@ def selfcheck(rest: Sequence[str]) -> None:
 
 def _export_flags() -> None:
     flags.DEFINE_string("run", None, "Workdir of a run.")
-    flags.DEFINE_string("out", None, "A .safetensors file for the whole tuned model.")
+    flags.DEFINE_string("out", None, "A .safetensors file for merged; a folder for the others.")
+    flags.DEFINE_string("format", "merged", "merged (one file for sample --weights), diffusers (a folder), peft or kohya (the LoRA).")
     flags.DEFINE_float("scale", None, "How much of the run's change is kept; default as it was judged.")
+    flags.DEFINE_string("dtype", None, "What is written: float32, float16 or bfloat16; default as it is.")
     flags.mark_flags_as_required(["run", "out"])
 
 
 def export(rest: Sequence[str]) -> None:
-    """Writes a run's tuned model as one safetensors file, adapters merged."""
+    """Writes what a run trained: the whole model, or its LoRA for diffusers and ComfyUI."""
     _no_more(rest)
-    from .training.generate import load_run
-    from .weights import save
+    from .training.export import export as write
 
-    _, params, _ = load_run(FLAGS.run, FLAGS.scale)
-    save(FLAGS.out, params)
-    print(f"written: {FLAGS.out}; use it with sample --weights={FLAGS.out}")
+    print(f"written: {write(FLAGS.run, FLAGS.out, FLAGS.format, FLAGS.scale, _dtype(FLAGS.dtype))}")
+
+
+def _convert_flags() -> None:
+    flags.DEFINE_string("source", None, "A single file in Stability's own names, or a folder as diffusers writes it.")
+    flags.DEFINE_string("out", None, "The other of the two: a folder, or a .safetensors file.")
+    flags.DEFINE_string("like", None, "For a single file: a folder of the same family, for configs and tokenizers.")
+    flags.DEFINE_string("dtype", None, "What is written: float32, float16 or bfloat16; default as it is.")
+    flags.mark_flags_as_required(["source", "out"])
+
+
+def convert(rest: Sequence[str]) -> None:
+    """Between a single-file checkpoint and a diffusers folder, both ways."""
+    _no_more(rest)
+    from .training.export import convert as write
+
+    print(f"written: {write(FLAGS.source, FLAGS.out, FLAGS.like, _dtype(FLAGS.dtype))}")
+
+
+# -- score ---------------------------------------------------------------------------------------------------------
+
+
+def _score_flags() -> None:
+    flags.DEFINE_string("reward", None, "A reward's name (list rewards), or module:name.")
+    flags.DEFINE_string("weights", None, "Its weights: a folder, a .safetensors file or a hub id.")
+    flags.DEFINE_multi_string("option", [], "NAME=VALUE for the reward's other arguments, such as mode=exact or version=v2.1.")
+    flags.DEFINE_string("images", None, "A folder of pictures, or an .npy [N,H,W,C].")
+    flags.DEFINE_string("prompts", None, "A file with one prompt a picture, or one prompt for all.")
+    flags.DEFINE_string("out", None, "The .json to write.")
+    flags.mark_flags_as_required(["reward", "images", "out"])
+
+
+def score(rest: Sequence[str]) -> None:
+    """Scores pictures from files with any reward."""
+    _no_more(rest)
+    _compilation_cache()
+    from .training.score import score as run
+
+    wrong = [text for text in FLAGS.option if "=" not in text]
+    if wrong:
+        raise ValueError(f"--option={wrong[0]} must be NAME=VALUE")
+    options = dict(text.split("=", 1) for text in FLAGS.option) | _given("weights")
+    result = run(reward=FLAGS.reward, options=options, images=FLAGS.images, prompts=FLAGS.prompts, out=FLAGS.out)
+    print(f"{result['reward']}: mean {result['mean']:.4f}, std {result['std']:.4f} of {len(result['scores'])} pictures; {FLAGS.out}")
+
+
+def _given(*names: str) -> dict[str, Any]:
+    """The flags of these names that were given."""
+    return {k: FLAGS[k].value for k in names if FLAGS[k].value is not None}
+
+
+def _dtype(name: str | None) -> Any:
+    import jax.numpy as jnp
+
+    allowed = ("float32", "float16", "bfloat16")
+    if name is not None and name not in allowed:
+        raise ValueError(f"--dtype={name} is not known; choose one of {', '.join(allowed)}")
+    return None if name is None else jnp.dtype(name)
 
 
 def _no_more(rest: Sequence[str]) -> None:

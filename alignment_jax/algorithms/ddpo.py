@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, expand, log_ratio, normal, reduce_entries, sample, transition
+from ..diffusion import Sampler, expand, initial, log_ratio, reduce_entries, sample, transition
 from . import advantages
 from .base import Algorithm, Info, Needs, Networks, Tree, fold
 from .losses import ppo
@@ -35,7 +35,7 @@ def ddpo(sampler: Sampler, shape: tuple[int, ...], *, group: int = 1, clip_range
     rule, memory = advantages.rule(advantage, group, num_prompts, buffer, min_count)
 
     def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
-        x_T = normal(fold(keys, 0), (len(keys), *shape))
+        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
         x0, trajectory = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True)
         return {**data, "x0": x0, "x": trajectory.x.swapaxes(0, 1)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, expand, normal, sample
+from ..diffusion import Sampler, expand, initial, normal, sample
 from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square, uniform
 from .losses import chain_adjoints, chained, linear
 
@@ -35,7 +35,7 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
     start = steps - k
 
     def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
-        x = normal(fold(keys, 0), (len(keys), *shape))
+        x = initial(fold(keys, 0), sampler, (len(keys), *shape))
         if start or lv > 1:  # up to x_K; for LV to the end, which is then re-noised
             x, _ = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x, stop=steps if lv > 1 else start)
         return {"x": jax.lax.stop_gradient(x), "cond": data["cond"], "condition": data["condition"]}
@@ -93,7 +93,7 @@ def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, 
     steps = sampler.num_steps
 
     def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
-        return {"x": normal(fold(keys, 0), (len(keys), *shape)), "cond": data["cond"], "condition": data["condition"]}
+        return {"x": initial(fold(keys, 0), sampler, (len(keys), *shape)), "cond": data["cond"], "condition": data["condition"]}
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
         z = jax.scipy.special.ndtri(jnp.clip(uniform(fold(keys, 1)), 1e-6, 1 - 1e-6))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, expand, normal, predict, sample
+from ..diffusion import Sampler, expand, initial, predict, sample
 from . import advantages
 from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square
 from .losses import noised
@@ -29,7 +29,7 @@ def diffusion_nft(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, b
     rule, memory = advantages.rule(advantage, group, 0, 0, 0)
 
     def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
-        x_T = normal(fold(keys, 0), (len(keys), *shape))
+        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
         x0, _ = sample(fold(keys, 1), networks["old"], data["cond"], sampler, x_T)
         return {**data, "x0": x0}
 

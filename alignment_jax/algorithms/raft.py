@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, normal, sample
+from ..diffusion import Sampler, initial, sample
 from .advantages import finite
 from .base import Algorithm, Info, Needs, Networks, Tree, fold
 from .losses import denoise_error, noised
@@ -24,7 +24,7 @@ def raft(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, top: int =
         raise ValueError(f"RAFT keeps the best `top` of each group: 1 <= top < batch.group; got top={top}, group={group}")
 
     def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
-        x_T = normal(fold(keys, 0), (len(keys), *shape))
+        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
         x0, _ = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T)
         return {**data, "x0": x0}
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import critters
+from .pairs import image_bytes, json_lines, picture, require
 
 
 def load(source: str | Sequence[str]) -> list[str]:
@@ -61,15 +62,22 @@ def critters_renders(split: str = "train", data_dir: str = "data_cache") -> tupl
 
 
 def folder(path: str) -> tuple[np.ndarray, list[str]]:
-    """(pictures, captions) of a folder with pictures and a captions.jsonl of {"file", "prompt"}."""
-    from PIL import Image
-
+    """(pictures, captions) of a folder with pictures of one size and a captions.jsonl of {"file", "prompt"}."""
     root = Path(path).expanduser()
     table = root / "captions.jsonl"
     if not table.is_file():
         raise FileNotFoundError(f"no captions.jsonl in {root}; one object a line: {{\"file\": ..., \"prompt\": ...}}")
-    rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
-    return np.stack([np.asarray(Image.open(root / r["file"]).convert("RGB")) for r in rows]), [r["prompt"] for r in rows]
+    images, captions = list[np.ndarray](), list[str]()
+    for number, row in json_lines(table):
+        where = f"{table}, row {number}"
+        require(row, ("file", "prompt"), where)
+        images.append(picture(image_bytes(row["file"], [root], where), None, where))
+        captions.append(str(row["prompt"]))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{where}: the pictures must be of one size; got {images[-1].shape} after {images[0].shape}")
+    if not images:
+        raise ValueError(f"{table} holds no rows; one object a line: {{\"file\": ..., \"prompt\": ...}}")
+    return np.stack(images), captions
 
 
 LABELS: dict[str, Callable[..., tuple[np.ndarray, list[str]]]] = {"critters": critters_renders, "folder": folder}
@@ -94,4 +102,10 @@ def load_pairs(path: str) -> dict[str, Any]:
     for name in ("winner", "loser"):
         if pairs[name].dtype != np.uint8 or pairs[name].ndim != 4:
             raise ValueError(f"{file}: {name} must be uint8 [N,H,W,C]; got {pairs[name].dtype} {pairs[name].shape}")
+    lengths = {name: len(values) for name, values in pairs.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{file}: its arrays must be equally long; got {lengths}")
+    wrong = np.flatnonzero(~((pairs["preference"] >= 0) & (pairs["preference"] <= 1)))
+    if len(wrong):
+        raise ValueError(f"{file}, row {wrong[0] + 1}: preference must be in [0, 1]; got {pairs['preference'][wrong[0]]}")
     return pairs

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+
+from .pairs import picture
 
 Batch = dict[str, Any]
 
@@ -78,14 +82,38 @@ def label_source(images: np.ndarray, captions: Sequence[str], tokenize: Callable
     return Source(len(images), batch, seed, make, shard)
 
 
-def pair_source(pairs: dict[str, Any], tokenize: Callable[[Sequence[str]], np.ndarray], *, batch: int, seed: int,
-                shard: tuple[int, int] = (0, 1)) -> Source:  # fmt: skip
-    """Batches of preference pairs: winner and loser uint8 [B,H,W,C] of the same prompt, preference [B]."""
-    tokens = tokenize(pairs["prompts"])
+def pair_reader(pairs: Any, size: tuple[int, int]) -> Callable[[np.ndarray], Batch]:
+    """read(rows) of pairs[row] -> PairRecord: winner and loser uint8 [B,H,W,C], prompts, preference [B] in [.5, 1], weight
+    [B]. A tie keeps its order and the preference 1/2.
+
+    Encoded pictures are read and brought to size = (H, W), arrays stay as they are.
+    """  # fmt: skip
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoding leaves Python's lock
+
+    def read(rows: np.ndarray) -> Batch:
+        records = [pairs[int(row)] for row in rows]
+        p = np.array([r.p_a for r in records])
+        where = [f"pair {row} ({r.source}, prompt {r.prompt!r})" for row, r in zip(rows, records)]
+        a = np.stack(list(pool.map(lambda r, w: picture(r.image_a, size, f"{w}, image_a"), records, where)))
+        b = np.stack(list(pool.map(lambda r, w: picture(r.image_b, size, f"{w}, image_b"), records, where)))
+        first = (p >= 0.5)[:, None, None, None]
+        return {"winner": np.where(first, a, b), "loser": np.where(first, b, a), "prompts": [r.prompt for r in records],
+                "preference": np.maximum(p, 1 - p).astype(np.float32),
+                "weight": np.array([r.weight for r in records], np.float32)}  # fmt: skip
+
+    return read
+
+
+def pair_source(pairs: Any, tokenize: Callable[[Sequence[str]], np.ndarray], size: tuple[int, int], *, batch: int,
+                seed: int, shard: tuple[int, int] = (0, 1)) -> Source:  # fmt: skip
+    """Batches of preference pairs as pair_reader reads them, with tokens; the pictures are decoded batch by batch."""
+    read = pair_reader(pairs, size)
+    tokens = tokenize(pairs.prompts) if hasattr(pairs, "prompts") else None  # in memory: what is too long is said now
 
     def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        return {"winner": pairs["winner"][indices], "loser": pairs["loser"][indices], "tokens": tokens[indices],
-                "preference": pairs["preference"][indices].astype(np.float32),
+        rows = read(indices)
+        texts = rows.pop("prompts")
+        return {**rows, "tokens": tokenize(texts) if tokens is None else tokens[indices],
                 "prompt_id": indices.astype(np.int32)}  # fmt: skip
 
-    return Source(len(tokens), batch, seed, make, shard)
+    return Source(len(pairs), batch, seed, make, shard)

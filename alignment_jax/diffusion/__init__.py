@@ -2,7 +2,7 @@
 
 from .guidance import Denoise, blended, guided
 from .parameterization import PREDICTIONS, predict, target
-from .sample import State, Trajectory, fold_in, gaussian_noise, normal, sample
+from .sample import State, Trajectory, fold_in, gaussian_noise, initial, normal, sample
 from .schedule import (
     NoiseSchedule,
     SamplingGrid,
@@ -15,11 +15,12 @@ from .schedule import (
     scaled_linear,
     zero_terminal_snr,
 )
+from .schedulers import SCHEDULERS, scheduler
 from .transition import STD_FLOOR, Sampler, Transition, log_prob, log_ratio, reduce_entries, transition
 
 __all__ = [
-    "PREDICTIONS", "STD_FLOOR", "Denoise", "NoiseSchedule", "Sampler", "SamplingGrid", "State", "Trajectory",
-    "Transition", "blended", "cosine", "expand", "fold_in", "from_alphas_cumprod", "gaussian_noise", "guided", "linear",
+    "PREDICTIONS", "SCHEDULERS", "STD_FLOOR", "Denoise", "NoiseSchedule", "Sampler", "SamplingGrid", "State", "Trajectory",
+    "Transition", "blended", "cosine", "expand", "fold_in", "from_alphas_cumprod", "gaussian_noise", "guided", "initial", "linear",
     "log_prob", "log_ratio", "normal", "predict", "rectified_flow", "reduce_entries", "sample", "sampling_grid",
-    "scaled_linear", "target", "transition", "zero_terminal_snr",
+    "scaled_linear", "scheduler", "target", "transition", "zero_terminal_snr",
 ]  # fmt: skip

@@ -12,11 +12,12 @@ Array = jax.Array
 Denoise = Callable[[Array, Array, Any], Array]
 
 
-def guided(denoise: Denoise, null_cond: Any, scale: float, *, detach_null: bool = False) -> Denoise:
+def guided(denoise: Denoise, null_cond: Any, scale: float, *, rescale: float = 0.0, detach_null: bool = False) -> Denoise:
     """Classifier-free guidance: out = out_null + scale (out_cond - out_null) (arXiv 2207.12598), both in one batch of 2B.
 
-    null_cond: the empty prompt's condition, a tree like cond with leading axis 1. scale = 1 is the network itself.
-    detach_null: no gradient through the unconditional half (Flow-GRPO); by default both halves have one.
+    null_cond: the empty or negative prompt's condition, a tree like cond with leading axis 1 or B. scale = 1 is the network
+    itself. rescale: the share of the guided output that is brought back to the conditional one's spread (arXiv 2305.08891,
+    section 3.4). detach_null: no gradient through the unconditional half (Flow-GRPO); by default both halves have one.
     """
     if scale == 1.0:
         return denoise
@@ -25,7 +26,11 @@ def guided(denoise: Denoise, null_cond: Any, scale: float, *, detach_null: bool 
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), cond, null_cond)
         with_cond, without = jnp.split(denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
         without = jax.lax.stop_gradient(without) if detach_null else without
-        return without + scale * (with_cond - without)
+        out = without + scale * (with_cond - without)
+        if rescale:
+            axes = tuple(range(1, x.ndim))
+            out = out * (1 - rescale + rescale * with_cond.std(axes, keepdims=True) / out.std(axes, keepdims=True))
+        return out
 
     return apply
 

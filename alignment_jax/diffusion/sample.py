@@ -41,6 +41,12 @@ def normal(key: Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(key)
 
 
+def initial(key: Array, sampler: Sampler, shape: tuple[int, ...]) -> Array:
+    """Where a chain starts [B, ...]: unit noise times the sampler's initial_scale; key: one, or keys [B]."""
+    noise = normal(key, shape)
+    return noise if sampler.initial_scale == 1.0 else sampler.initial_scale * noise
+
+
 def fold_in(key: Array, data: Array | int) -> Array:
     """`jax.random.fold_in` for one key or for keys [B]."""
     return jax.random.fold_in(key, data) if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))(key, data)
@@ -84,7 +90,7 @@ def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array
         output = denoise(x, jnp.broadcast_to(times[i], x.shape[:1]), state.cond)
         if control is not None:
             output = control(i, x, output)
-        step_ = transition(sampler, i, x, output)
+        step_ = transition(sampler, i, x, output, previous=state.x0)
         state = State(noise(noise_key, i, step_), step_.x0, state.carry, state.cond)
         if select is not None:
             state = select(select_key, i, state)

@@ -95,6 +95,19 @@ def rectified_flow(t_min: float = 0.0, t_max: float = 1.0) -> NoiseSchedule:
     return NoiseSchedule(lambda t: 1 - t, lambda t: t, t_min, t_max, flow=True)
 
 
+def discrete_times(n: int, num_steps: int, spacing: str, steps_offset: int = 0) -> np.ndarray:
+    """The times [T] among the integers 0..n-1 at which the network is called, noisiest first (arXiv 2305.08891, table 2)."""
+    if not 1 <= num_steps <= n:
+        raise ValueError(f"num_steps must lie in 1..{n}; got {num_steps}")
+    if spacing == "leading":
+        return (np.arange(num_steps) * (n // num_steps))[::-1] + steps_offset
+    if spacing == "trailing":
+        return np.round(np.arange(n, 0, -n / num_steps)) - 1
+    if spacing == "linspace":
+        return np.round(np.linspace(0, n - 1, num_steps))[::-1]
+    raise ValueError(f"spacing {spacing!r} is not known; choose one of leading, trailing, linspace")
+
+
 class SamplingGrid(NamedTuple):
     """The T + 1 times of a sampler, noisiest first: step i goes from index i to index i + 1. Arrays [T+1], float32."""
 
@@ -129,14 +142,8 @@ def sampling_grid(schedule: NoiseSchedule, num_steps: int, spacing: str = "unifo
                          f"schedule; use {'leading, trailing or linspace' if schedule.discrete else 'uniform'}")  # fmt: skip
     if shift != 1.0 and not schedule.flow:
         raise ValueError(f"shift={shift} is for rectified flow; this schedule is variance preserving: use shift=1")
-    n = int(schedule.t_max) + 1
-    t: np.ndarray
-    if spacing == "leading":
-        t = (np.arange(num_steps) * (n // num_steps))[::-1] + steps_offset
-    elif spacing == "trailing":
-        t = np.round(np.arange(n, 0, -n / num_steps)) - 1
-    elif spacing == "linspace":
-        t = np.round(np.linspace(0, n - 1, num_steps))[::-1]
+    if schedule.discrete:
+        t = discrete_times(int(schedule.t_max) + 1, num_steps, spacing, steps_offset)
     else:
         start = schedule.t_max if t_start is None else t_start
         t = np.linspace(start, schedule.t_min, num_steps + 1)

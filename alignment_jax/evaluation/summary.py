@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .diversity import feature_diversity, nuisance_recall, pixel_diversity, vendi_diversity
-from .statistics import interval, mean_interval, rate
+from .statistics import Interval, interval, mean_interval, rate
 
 
 def measurement(*, right: ArrayLike, attributes: Mapping[str, ArrayLike], proxy: ArrayLike,
@@ -19,7 +19,8 @@ def measurement(*, right: ArrayLike, attributes: Mapping[str, ArrayLike], proxy:
                 real_nuisances: Mapping[str, ArrayLike] | None = None) -> dict[str, Any]:  # fmt: skip
     """One model's M = {"gold", "attribute", "proxy", "diversity"} from its samples of P prompts, G each.
 
-    right [P, G] bool: gold finds all attributes right; attributes: name -> [P, G] bool; proxy [P, G]. images
+    right [P, G] bool: gold finds all attributes right, or float: gold is a score; attributes: name -> [P, G] bool; proxy
+    [P, G]. images
     [P, G, H, W, C], features [P, G, F] of the gold judge and nuisances name -> [P, G] fill "diversity", as far as they
     are given: the declared measure (`pixel_diversity` among right samples) as mean, low, high and n, the same as
     "pixel_right", and "pixel", "feature", "vendi",
@@ -27,7 +28,7 @@ def measurement(*, right: ArrayLike, attributes: Mapping[str, ArrayLike], proxy:
     """
     diversity: dict[str, Any] = dict(interval(math.nan, math.nan, math.nan, 0))
     if images is not None:
-        diversity["pixel_right"] = pixel_diversity(images, right)
+        diversity["pixel_right"] = pixel_diversity(images, counted(right))
         diversity |= diversity["pixel_right"]
         diversity["pixel"] = pixel_diversity(images)
     if features is not None:
@@ -35,8 +36,19 @@ def measurement(*, right: ArrayLike, attributes: Mapping[str, ArrayLike], proxy:
         diversity["vendi"] = vendi_diversity(features)
     if nuisances is not None and nuisance_classes is not None:
         diversity["nuisance_recall"] = nuisance_recall(nuisances, nuisance_classes, real_nuisances)
-    return {"gold": rate(right), "attribute": {name: rate(value) for name, value in attributes.items()},
+    return {"gold": gold(right), "attribute": {name: rate(value) for name, value in attributes.items()},
             "proxy": mean_interval(proxy), "diversity": diversity}  # fmt: skip
+
+
+def gold(right: ArrayLike) -> Interval:
+    """The gold of verdicts bool [P] or [P, G], their rate, or of scores, their mean; with its interval."""
+    return rate(right) if np.asarray(right).dtype == bool else mean_interval(right)
+
+
+def counted(right: ArrayLike) -> np.ndarray | None:
+    """The samples among which diversity is declared: the right ones, or (None) all where gold is a score."""
+    x = np.asarray(right)
+    return x if x.dtype == bool else None
 
 
 def summary(*, config: str, method: str, seed: int, wall_seconds: Mapping[str, float], trained_parameters: int,

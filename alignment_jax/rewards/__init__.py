@@ -1,18 +1,42 @@
 """Rewards by name, and the judges that have the last word."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import NamedTuple
 
-from .base import Reward
+from . import clip, critters, jpeg
+from .base import Reward, Tower
 from .combine import weighted
-from .critters import Judge, critters_fragile, critters_gold, critters_proxy
-from .jpeg import jpeg_compressibility, jpeg_incompressibility
+from .critters import Judge, critters_gold
 
-REWARDS: dict[str, Callable[[], Reward]] = {
-    "critters_proxy": critters_proxy,
-    "critters_fragile": critters_fragile,
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
-}
+INF = float("inf")
+
+
+class Entry(NamedTuple):
+    """A reward that configs can name: its factory, and what is known of it before its weights are read."""
+
+    factory: Callable[..., Reward]
+    family: str
+    licence: str
+    range: tuple[float, float]
+    summary: str
+    differentiable: bool = True
+
+
+REWARDS = {
+    "critters_proxy": Entry(critters.critters_proxy, "device", "Apache-2.0", (critters.FLOOR, 0.0),
+                            "mean log-probability of the asked attributes, robust recogniser"),
+    "critters_fragile": Entry(critters.critters_fragile, "device", "Apache-2.0", (critters.FLOOR, 0.0),
+                              "the same of a recogniser that knows clean pictures only: easily hacked"),
+    "jpeg_compressibility": Entry(jpeg.jpeg_compressibility, "host", "none needed", (-INF, 0.0), "minus the JPEG size in kB", False),
+    "jpeg_incompressibility": Entry(jpeg.jpeg_incompressibility, "host", "none needed", (0.0, INF), "the JPEG size in kB", False),
+    "clip_score": Entry(clip.clip_score, "device", *clip.ABOUT["clip_score"]),
+    "pick_score": Entry(clip.pick_score, "device", *clip.ABOUT["pick_score"]),
+    "hps": Entry(clip.hps, "device", *clip.ABOUT["hps"]),
+    "aesthetic": Entry(clip.aesthetic, "device", *clip.ABOUT["aesthetic"]),
+    "safety": Entry(clip.safety, "device", *clip.ABOUT["safety"]),
+}  # fmt: skip
 JUDGES: dict[str, Callable[[], Judge]] = {"critters_gold": critters_gold}
 
-__all__ = ["JUDGES", "REWARDS", "Judge", "Reward", "weighted"]
+__all__ = ["JUDGES", "REWARDS", "Entry", "Judge", "Reward", "Tower", "weighted"]

@@ -6,6 +6,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
+class Tower(NamedTuple):
+    """The costly part of a scorer, apart from its head, so that scorers in one sum can share it.
+
+    Args:
+      name: equal where weights, sizes and preprocessing are.
+      features: features(params["tower"], observation [B,H,W,C]) -> features [B,E].
+      head: head(params["head"], features, condition) -> [B].
+    """
+
+    name: str
+    features: Callable[[Any, Any], Any]
+    head: Callable[[Any, Any, Any], Any]
+
+    def score(self, params: Any, observation: Any, condition: Any) -> Any:
+        """The score of such a reward alone; params: {"tower", "head"}."""
+        return self.head(params["head"], self.features(params["tower"], observation), condition)
+
+
 class Reward(NamedTuple):
     """A reward.
 
@@ -19,6 +37,7 @@ class Reward(NamedTuple):
       augment: augment(key, observation) -> observation, put before `score` where gradients are taken: an attack on the
         scorer must survive it.
       range: (low, high) of the scores. licence, summary: for `list rewards`.
+      tower: the parts of `score`, where `weighted` may share one of them; then params are {"tower", "head"}.
     """
 
     name: str
@@ -31,3 +50,4 @@ class Reward(NamedTuple):
     range: tuple[float, float] = (float("-inf"), float("inf"))
     licence: str = "unknown"
     summary: str = ""
+    tower: Tower | None = None

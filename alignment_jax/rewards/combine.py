@@ -13,8 +13,8 @@ from .base import Reward
 def weighted(rewards: Sequence[tuple[Reward, float]]) -> Reward:
     """r = sum_i w_i r_i. All on the device (then differentiable if every part is), or all turned into a host reward.
 
-    `score` of the result gives the sum; `parts` of it, by name, come from `score_parts`. ValueError for an empty list,
-    for two rewards of one name, and for a mixture of device and host rewards.
+    A host reward gives its parts as its info. Scorers with the same tower hold its parameters once and run it once a batch.
+    ValueError for an empty list, for two rewards of one name, and for a mixture of device and host rewards.
     """
     if not rewards:
         raise ValueError("a list of rewards needs at least one (name, weight)")
@@ -31,7 +31,7 @@ def weighted(rewards: Sequence[tuple[Reward, float]]) -> Reward:
     common: dict[str, Any] = {
         "name": " + ".join(f"{w:g} {r.name}" for r, w in rewards), "range": (low, high),
         "licence": ", ".join(sorted({r.licence for r, _ in rewards})), "summary": "weighted sum",
-        "params": {r.name: r.params for r, _ in rewards},
+        "params": {r.name: r.params["head"] if r.tower else r.params for r, _ in rewards},
     }  # fmt: skip
     if not rewards[0][0].device:
 
@@ -41,8 +41,18 @@ def weighted(rewards: Sequence[tuple[Reward, float]]) -> Reward:
 
         return Reward(score=host, device=False, differentiable=False, **common)
 
+    towers = {r.tower.name: (r.tower, r.params["tower"]) for r, _ in reversed(rewards) if r.tower}
+    common["params"] |= {f"tower {name}": params for name, (_, params) in towers.items()}
+
     def score(params: Any, observation: Any, condition: Any) -> Any:
-        return sum(w * r.score(params[r.name], observation, condition[r.name]) for r, w in rewards)
+        features = {name: tower.features(params[f"tower {name}"], observation) for name, (tower, _) in towers.items()}
+
+        def one(r: Reward) -> Any:
+            if r.tower:
+                return r.tower.head(params[r.name], features[r.tower.name], condition[r.name])
+            return r.score(params[r.name], observation, condition[r.name])
+
+        return sum(w * one(r) for r, w in rewards)
 
     def encode(prompts: Sequence[str]) -> dict[str, Any]:
         return {r.name: r.encode(prompts) if r.encode else {} for r, _ in rewards}

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Denoise, Sampler, normal, sample
+from ..diffusion import Denoise, Sampler, fold_in, initial, sample
 
 Array = jax.Array
 
@@ -25,7 +25,7 @@ def best_of_n(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, shape: 
     b = jax.tree.leaves(cond)[0].shape[0]
     keys = jax.random.split(key, b * n)
     repeat = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), tree)  # noqa: E731
-    x_T = normal(jax.vmap(lambda k: jax.random.fold_in(k, 1 << 20))(keys), (b * n, *shape))
+    x_T = initial(fold_in(keys, 1 << 20), sampler, (b * n, *shape))
     x0, _ = sample(keys, denoise, repeat(cond), sampler, x_T)
     scores = reward(x0, repeat(condition)).reshape(b, n)
     return pick(x0.reshape(b, n, *shape), scores)

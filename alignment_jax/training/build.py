@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import weights
 from ..algorithms import ALGORITHMS
 from ..data import prompts as prompt_files
+from ..data.pairs import FORMS, ArrayPairs
+from ..data.pairs_dataset import pair_data
 from ..data.sources import Source, label_source, pair_source, prompt_source
-from ..diffusion import Sampler, sampling_grid
-from ..models import MODELS
+from ..diffusion import Sampler, sampling_grid, scheduler
+from ..models import MODELS, stable_diffusion
 from ..models.bundle import ModelBundle
 from ..rewards import REWARDS
 from ..rewards.base import Reward
 from ..rewards.combine import weighted
+from ..weights import files as weight_files
 from .optimizer import optimizer
-from .programs import Parts
+from .programs import Guidance, Parts
 from .state import full_partition, lora_partition
 
 Tree = Any
@@ -69,50 +73,85 @@ def named(name: str, table: Mapping[str, Any], where: str) -> Any:
 
 
 def model(config: Any) -> tuple[ModelBundle, Tree]:
-    """(bundle, params) of config.model and config.weights: "shipped", "init", or a .safetensors file."""
-    entry = named(config.model, MODELS, "model")
-    kwargs = dict(config.get("model_options", {}))
-    bundle = call(entry.factory if hasattr(entry, "factory") else entry, kwargs, "model_options")
+    """(bundle, params) of config.model (a name, "module:factory", or a folder or hub id as diffusers writes it) and config.weights.
+
+    weights: "shipped" (the model's own), "init" (random), or a .safetensors file of the whole model. model_options: the
+    factory's arguments, and for folders `variant` (such as "fp16") and `param_dtype`, what parameters are kept in.
+    """
+    kwargs, source = dict(config.get("model_options") or {}), config.get("weights", "shipped")
+    stored = {k: kwargs.pop(k, None) for k in ("variant", "param_dtype")}
+    path = None
+    if config.model in MODELS or (":" in config.model and not Path(config.model).exists()):
+        entry = named(config.model, MODELS, "model")
+        bundle = call(entry.factory if hasattr(entry, "factory") else entry, kwargs, "model_options")
+    else:
+        path = folder(config.model)
+        bundle = call(stable_diffusion.stable_diffusion, kwargs, "model_options", folder=path)
     shapes = jax.eval_shape(bundle.init, jax.random.key(0))
-    source = config.get("weights", "shipped")
     if source == "init":
         return bundle, jax.jit(bundle.init)(jax.random.key(config.seed))
-    return bundle, weights.load(entry.weights if source == "shipped" else source, shapes)
+    if source != "shipped" or path is None:
+        return bundle, weights.load(entry.weights if source == "shipped" else source, shapes)
+    dtype = jnp.dtype(stored["param_dtype"] or "float32")
+    return bundle, {name: weight_files.load_component(path / name, like, stem=stable_diffusion.COMPONENTS[name],
+                                                      variant=stored["variant"], dtype=dtype)
+                    for name, like in shapes.items()}  # fmt: skip
+
+
+def folder(source: str) -> Path:
+    """A model's folder, or the copy of a hub id; a word that is neither is taken for a model's name."""
+    if "/" not in source and not Path(source).expanduser().exists():
+        raise ValueError(f"model {source!r} is not known." + nearest(source, MODELS)
+                         + " Or: a folder as diffusers writes it, a hub id owner/name, your own 'module:name'.")  # fmt: skip
+    return weight_files.resolve(source, allow=stable_diffusion.WANTED)
 
 
 def reward(config: Any) -> Reward | None:
-    """The reward of config.reward: a name, "module:function", or [(name, weight), ...]."""
+    """The reward of config.reward: what `one_reward` takes, or a weighted sum of such, [(reward, weight), ...]."""
     spec = config.get("reward")
     if not spec:
         return None
-    if isinstance(spec, str):
-        return one_reward(spec)
-    return weighted([(one_reward(name), float(weight)) for name, weight in spec])
+    if isinstance(spec, list | tuple):
+        return weighted([(one_reward(part), float(weight)) for part, weight in spec])
+    return one_reward(spec)
 
 
-def one_reward(name: str) -> Reward:
-    """A reward by name; a user's own function score(images, prompts, metadata) becomes a host reward."""
+def one_reward(spec: Any) -> Reward:
+    """A reward by name or "module:name", or by {"name": either, **the factory's arguments}.
+
+    A user's own function score(images, prompts, metadata) becomes a host reward.
+    """
+    kwargs = {} if isinstance(spec, str) else dict(spec)
+    if not isinstance(spec, str) and "name" not in kwargs:
+        raise ValueError(f"a reward with arguments needs a name beside them; got {', '.join(map(str, kwargs))}")
+    name = spec if isinstance(spec, str) else kwargs.pop("name")
     found = named(name, REWARDS, "reward")
     if isinstance(found, Reward):
-        return found
-    if hasattr(found, "factory"):
-        return found.factory()
-    if list(inspect.signature(found).parameters)[:1] == ["images"]:
-        return Reward(name, found, device=False, differentiable=False, summary=(found.__doc__ or "").split("\n")[0])
-    made = found()
+        found = lambda made=found: made
+    elif not hasattr(found, "factory") and list(inspect.signature(found).parameters)[:1] == ["images"]:
+        score, about = found, (found.__doc__ or "").split("\n")[0]
+        found = lambda: Reward(name, score, device=False, differentiable=False, summary=about)
+    made = call(found.factory if hasattr(found, "factory") else found, kwargs, f"reward {name!r}")
     if not isinstance(made, Reward):
         raise ValueError(f"reward {name!r} must be a Reward, a function that returns one, or a function "
                          f"(images, prompts, metadata) -> (scores, info); it returned {type(made).__name__}")  # fmt: skip
     return made
 
 
-def sampler(config: Any, bundle: ModelBundle) -> tuple[Sampler, float]:
-    """(sampler, guidance scale): the model's own settings, overridden by config.sampling."""
+def sampler(config: Any, bundle: ModelBundle) -> tuple[Sampler, Guidance]:
+    """(sampler, guidance): the model's own settings, overridden by config.sampling.
+
+    Settings are those of `diffusion.scheduler` where one is named, else of `sampling_grid`; and eta, flow_sde,
+    guidance_scale, guidance_rescale.
+    """
     settings = {**bundle.sampling, **dict(config.get("sampling", {}))}
-    scale = float(settings.pop("guidance_scale", 1.0))
+    guidance = Guidance(float(settings.pop("guidance_scale", 1.0)), float(settings.pop("guidance_rescale", 0.0)))
+    if "scheduler" in settings:
+        name = settings.pop("scheduler")
+        return call(scheduler, settings, "sampling", name=name, schedule=bundle.schedule, prediction=bundle.prediction), guidance
     eta, flow_sde = settings.pop("eta", 0.0), settings.pop("flow_sde", None)
     grid = call(sampling_grid, settings, "sampling", schedule=bundle.schedule)
-    return Sampler(bundle.schedule, grid, bundle.prediction, eta, tuple(flow_sde) if flow_sde else None), scale
+    return Sampler(bundle.schedule, grid, bundle.prediction, eta, tuple(flow_sde) if flow_sde else None), guidance
 
 
 def batch_sizes(config: Any) -> tuple[int, int, int]:
@@ -148,11 +187,22 @@ def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | N
         _check_pictures(images, shape, "data.labels")
         return label_source(images, captions, bundle.tokenize, batch=per_process * group, seed=seed,
                             drop=float(data.pop("drop", 0.0)), shard=shard)  # fmt: skip
-    pairs = prompt_files.load_pairs(data.pop("pairs"))
+    pairs = _pairs(data, shape)
     _no_more(data)
+    return pair_source(pairs, bundle.tokenize, (shape[0], shape[1]), batch=per_process * group, seed=seed, shard=shard)
+
+
+def _pairs(data: dict[str, Any], shape: tuple[int, ...]) -> Any:
+    """The records of data.pairs, taken out of data: an .npz in memory, anything else prepared in data.data_dir."""
+    if "pairs" not in data:
+        raise ValueError(f"this method learns from preference pairs; set config.data.pairs to {FORMS}")
+    source = str(data.pop("pairs"))
+    if not source.endswith(".npz"):
+        return pair_data(source, data.pop("data_dir", "data_cache"))
+    arrays = prompt_files.load_pairs(source)
     for side in ("winner", "loser"):
-        _check_pictures(pairs[side], shape, f"data.pairs, {side}")
-    return pair_source(pairs, bundle.tokenize, batch=per_process * group, seed=seed, shard=shard)
+        _check_pictures(arrays[side], shape, f"data.pairs, {side}")
+    return ArrayPairs(arrays)
 
 
 def _check_pictures(images: np.ndarray, shape: tuple[int, ...], where: str) -> None:
@@ -170,7 +220,7 @@ def build_run(config: Any) -> Run:
     """Builds every part that the config names. Raises ValueError, before compiling, for whatever does not fit."""
     bundle, params = model(config)
     reward_ = reward(config)
-    sampler_, scale = sampler(config, bundle)
+    sampler_, guidance = sampler(config, bundle)
     _, group, _ = batch_sizes(config)
     method = dict(config.method)
     entry = named(method.pop("name"), ALGORITHMS, "method")
@@ -187,7 +237,9 @@ def build_run(config: Any) -> Run:
     tx, rate = call(optimizer, settings, "optimizer", steps=int(config.steps))
     lora = dict(config.get("lora") or {})
     partition = call(lora_partition, lora, "lora") if lora else full_partition(config.get("trainable", "unet"))
-    parts = Parts(bundle, algorithm, partition, tx, reward_, scale, ema)
+    trained = jax.eval_shape(lambda p: partition.init(jax.random.key(0), p)[0], params)
+    trains_text = any(name.startswith("text") for name in trained)
+    parts = Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text)
     shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]
     return Run(parts, params, sampler_, data_source(config, algorithm.needs.data, bundle, reward_, shape), rate)
 

@@ -21,12 +21,9 @@ def algorithms() -> Rows:
 
 def rewards() -> Rows:
     """Every reward, with its licence and range."""
-    rows = []
-    for name, factory in REWARDS.items():
-        r = factory()
-        row = _row(name, "device" if r.device else "host", "", r.summary)
-        rows.append(row | {"licence": r.licence, "range": list(r.range), "differentiable": r.differentiable})
-    return rows
+    return [_row(name, e.family, "", e.summary)
+            | {"licence": e.licence, "range": list(e.range), "differentiable": e.differentiable}
+            for name, e in REWARDS.items()]  # fmt: skip
 
 
 def models() -> Rows:

@@ -14,15 +14,17 @@ import numpy as np
 
 from ..algorithms.base import fold
 from ..data import prompts as prompt_files
-from ..diffusion import Denoise, blended, guided, normal, sample
+from ..diffusion import Denoise, blended, guided, initial, sample
 from ..evaluation import figures, over_optimisation
 from ..evaluation.diversity import pixel_diversity_ratio
 from ..evaluation.kl import best_of_n_kl, policy_kl
 from ..evaluation.report import write_report
-from ..evaluation.statistics import Interval, flatten, mean_interval, paired_bootstrap, rate, unflatten
-from ..evaluation.summary import measurement, summary
+from ..evaluation.statistics import Interval, flatten, mean_interval, paired_bootstrap, unflatten
+from ..evaluation.summary import counted, gold, measurement, summary
 from ..rewards import JUDGES
 from ..rewards.check import score_host, to_uint8
+from ..rewards.judge import by_reward
+from . import build
 from .checkpoint import save_json
 from .state import TrainState
 
@@ -30,16 +32,15 @@ if TYPE_CHECKING:
     from .loop import Session
 
 Tree = Any
-CHUNK = 256
 
 
 class Evaluator:
     """Measures a run on prompts that training never saw.
 
-    config.evaluation: prompts, num_prompts, samples (per prompt), quick_prompts (others, watched while training: what is
-    stopped or chosen by them is judged on prompts that had no part in it), blend (lambdas),
-    scale (how much of the tuning is kept in the model that is judged, 1: all), base_guidance_scale (the base's best), seed,
-    judge.
+    config.evaluation: judge (a name in JUDGES, or a reward as in config.reward: gold is then its mean), prompts,
+    num_prompts, samples (per prompt), quick_prompts (others, watched while training: what is stopped or chosen by them is
+    judged on prompts that had no part in it), blend (lambdas), scale (how much of the tuning is kept in the model that is
+    judged, 1: all), base_guidance_scale (the base's best), seed, chunk (samples at once).
     """
 
     def __init__(self, config: Any, session: Session):
@@ -51,22 +52,24 @@ class Evaluator:
             raise ValueError(f"evaluation wants {e.num_prompts} + {e.quick_prompts} prompts and {e.prompts} has {len(self.prompts)}; "
                              "lower evaluation.num_prompts or evaluation.quick_prompts")  # fmt: skip
         self.cond = session.programs.encode(session.frozen, jnp.asarray(run.parts.bundle.tokenize(self.prompts)))
-        self.judge = JUDGES[e.judge]()
+        self.judge = JUDGES[e.judge]() if isinstance(e.judge, str) and e.judge in JUDGES else by_reward(build.one_reward(e.judge))
+        self.chunk = int(e.get("chunk", 256))
         self.targets = self.judge.targets(self.prompts)
         # the stochastic twin of a deterministic sampler, whose path has a KL
-        self.noisy = run.sampler if run.sampler.stochastic().any() else dataclasses.replace(run.sampler, eta=1.0)
+        self.noisy = run.sampler if run.sampler.stochastic().any() else dataclasses.replace(run.sampler, solver="ddim", eta=1.0)
         # the base is compared at its own best guidance: a gain over a badly guided base is none
-        self.base_guidance = float(e.get("base_guidance_scale", run.parts.guidance_scale))
+        self.base_guidance = float(e.get("base_guidance_scale", run.parts.guidance.scale))
         self._sample, self._guided = jax.jit(self._sample_chunk), jax.jit(self._guided_chunk)
-        self._kl = jax.jit(self._kl_chunk)
+        self._kl, self._decode = jax.jit(self._kl_chunk), jax.jit(run.parts.bundle.decode)
         self._combine = jax.jit(self._combined)
 
     # -- programs ------------------------------------------------------------------------------------------------
 
     def _denoise(self, params: Tree, scale: float | None = None) -> Denoise:
         parts = self.session.run.parts
-        scale = parts.guidance_scale if scale is None else scale
-        return guided(partial(parts.bundle.denoise, params), self.session.frozen["null"], scale)
+        scale = parts.guidance.scale if scale is None else scale
+        denoise = partial(parts.bundle.denoise, params)
+        return guided(denoise, self.session.frozen["null"], scale, rescale=parts.guidance.rescale)
 
     def _network(self, params: Tree, base: Tree, lam: jax.Array | None) -> Denoise:
         tuned = self._denoise(params)
@@ -74,16 +77,16 @@ class Evaluator:
 
     def _sample_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
         run = self.session.run
-        x_T = normal(fold(keys, 0), (len(keys), *run.parts.bundle.sample_shape))
+        x_T = initial(fold(keys, 0), run.sampler, (len(keys), *run.parts.bundle.sample_shape))
         return sample(fold(keys, 1), self._network(params, base, lam), cond, run.sampler, x_T)[0]
 
     def _guided_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
         run = self.session.run
-        x_T = normal(fold(keys, 0), (len(keys), *run.parts.bundle.sample_shape))
+        x_T = initial(fold(keys, 0), run.sampler, (len(keys), *run.parts.bundle.sample_shape))
         return sample(fold(keys, 1), self._denoise(params, self.base_guidance), cond, run.sampler, x_T)[0]
 
     def _kl_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
-        x_T = normal(fold(keys, 0), (len(keys), *self.session.run.parts.bundle.sample_shape))
+        x_T = initial(fold(keys, 0), self.noisy, (len(keys), *self.session.run.parts.bundle.sample_shape))
         return policy_kl(fold(keys, 1), self._network(params, base, lam), self._denoise(base), cond, self.noisy, x_T)
 
     def _combined(self, trained: Tree, frozen: Tree, base: Tree, scale: Any) -> Tree:
@@ -106,7 +109,7 @@ class Evaluator:
 
         keys, rows = self._rows(num_prompts, samples, first)
         n, base = len(rows), self.session.run.params
-        size = min(CHUNK, n)
+        size = min(self.chunk, n)
         out = []
         for i in tqdm(range(0, n, size), desc=label, unit="chunk", disable=not label, leave=False):
             chosen = np.minimum(np.arange(i, i + size), n - 1)
@@ -127,9 +130,8 @@ class Evaluator:
 
     def judged(self, x0: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> dict[str, Any]:
         """The judge's and the reward's opinion of samples x0 [N,...] for the prompts `rows` [N], as [P, G, ...]."""
-        bundle = self.session.run.parts.bundle
-        images = np.concatenate([np.asarray(bundle.decode(None, jnp.asarray(x0[i : i + CHUNK])))
-                                 for i in range(0, len(x0), CHUNK)])  # fmt: skip
+        images = np.concatenate([np.asarray(self._decode(self.session.run.params, jnp.asarray(x0[i : i + self.chunk])))
+                                 for i in range(0, len(x0), self.chunk)])  # fmt: skip
         verdict = self.judge.look(images, self.targets[rows])
         out = {"images": images, "proxy": self.proxy(images, rows), **verdict}
         return jax.tree.map(lambda v: np.asarray(v).reshape(*shape, *np.shape(v)[1:]), out)
@@ -145,8 +147,8 @@ class Evaluator:
         condition = reward.encode(texts) if reward.encode else {}
         score = jax.jit(reward.score)
         return np.concatenate([
-            np.asarray(score(reward.params, images[i : i + CHUNK], jax.tree.map(lambda c, i=i: c[i : i + CHUNK], condition)))
-            for i in range(0, len(images), CHUNK)
+            np.asarray(score(reward.params, images[i : i + self.chunk], jax.tree.map(lambda c, i=i: c[i : i + self.chunk], condition)))
+            for i in range(0, len(images), self.chunk)
         ])  # fmt: skip
 
     def numbers(self, m: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +157,8 @@ class Evaluator:
         whole = m["images"].shape[1] > 1
         return measurement(right=m["right"], attributes=attributes, proxy=m["proxy"],
                            images=m["images"] if whole else None, features=m["features"] if whole else None,
-                           nuisances=m["nuisances"] if whole else None, nuisance_classes=self.judge.nuisances,
-                           real_nuisances=self.judge.real["nuisances"])  # fmt: skip
+                           nuisances=m["nuisances"] if whole and m["nuisances"] else None, nuisance_classes=self.judge.nuisances,
+                           real_nuisances=self.judge.real.get("nuisances"))  # fmt: skip
 
     def kl(self, params: Tree, num_prompts: int, samples: int, lam: Any = None, first: int = 0) -> Interval:
         """Path KL to the base along samples of the stochastic sampler, in nats."""
@@ -205,7 +207,7 @@ class Evaluator:
         curve = []
         for n in [k for k in (1, 2, 4, 8, 16) if k <= g]:
             pick = np.argmax(np.nan_to_num(base["proxy"][:, :n], nan=-np.inf), axis=1)
-            curve.append({"n": n, "kl": best_of_n_kl(n), "gold": rate(base["right"][np.arange(p), pick]),
+            curve.append({"n": n, "kl": best_of_n_kl(n), "gold": gold(base["right"][np.arange(p), pick]),
                           "proxy": mean_interval(base["proxy"][np.arange(p), pick])})  # fmt: skip
         wall = {"train": clock["train"], "evaluate": time.time() - began, "total": time.time() - clock["since"]}
         trained = sum(x.size for x in jax.tree.leaves(state.trained))
@@ -213,24 +215,29 @@ class Evaluator:
                         seed=int(self.config.seed), wall_seconds=wall, trained_parameters=trained, **models, kl=kl,
                         alarm=alarm)  # fmt: skip
         save_json(workdir / "summary.json", whole)
-        scales = (run.parts.guidance_scale, self.base_guidance)
+        scales = (run.parts.guidance.scale, self.base_guidance)
         calls = {scale: run.sampler.num_steps * (1 if scale == 1 else 2) for scale in scales}
         costs = {"base": {"network_calls": calls[scales[1]], "reward_calls": 0, "seconds": base["seconds"]},
                  "aligned": {"network_calls": calls[scales[0]], "reward_calls": 0, "seconds": aligned["seconds"]},
                  "best_of_n": {"network_calls": calls[scales[1]] * g, "reward_calls": g, "seconds": base["seconds"] * g}}  # fmt: skip
-        before, after = ((m["images"][:16, 0], m["right"][:16, 0]) for m in (base, aligned))
+        # a score has no right and wrong: above the base's mean stands for it in the frames of pictures
+        bar = base["right"].mean()
+        framed = {name: m["right"] if counted(m["right"]) is not None else m["right"] > bar
+                  for name, m in (("base", base), ("aligned", aligned), ("best_of_n", chosen))}  # fmt: skip
+        before, after = ((m["images"][:16, 0], framed[n][:16, 0]) for n, m in (("base", base), ("aligned", aligned)))
         (workdir / "before_after.png").write_bytes(figures.grid(before[0], after[0], before[1], after[1], self.prompts[:16]))
         write_report(
             workdir, summary=whole, history=history, prompts=self.prompts[:p],
             images={"base": base["images"], "aligned": aligned["images"], "best_of_n": chosen["images"]},
-            right={"base": base["right"], "aligned": aligned["right"], "best_of_n": chosen["right"]},
+            right=framed,
             blend=blend, best_of_n=curve, selected_from=g,
             gain=paired_bootstrap(aligned["right"].mean(1), base["right"].mean(1)),
-            diversity_ratio=pixel_diversity_ratio(aligned["images"], aligned["right"], base["images"], base["right"]),
-            real=self.judge.real["diversity"], costs=costs, trained=self._trained(trained),
+            diversity_ratio=pixel_diversity_ratio(aligned["images"], counted(aligned["right"]), base["images"],
+                                                  counted(base["right"])),
+            real=self.judge.real.get("diversity"), costs=costs, trained=self._trained(trained),
             config_text=(workdir / "config.json").read_text(),
             commands=self._commands(workdir),
-            notes=[f"The base is sampled at guidance {self.base_guidance:g}, the tuned model at {run.parts.guidance_scale:g}.",
+            notes=[f"The base is sampled at guidance {self.base_guidance:g}, the tuned model at {run.parts.guidance.scale:g}.",
                    *([note] if note else [])],
         )  # fmt: skip
         return whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 from .. import weights
 from ..algorithms.base import fold
 from ..data import prompts as prompt_files
-from ..diffusion import guided, normal
+from ..diffusion import guided, initial
 from ..diffusion import sample as sample_chain
 from ..models.bundle import ModelBundle
 from ..rewards.check import to_uint8
@@ -26,10 +26,20 @@ Tree = Any
 BATCH = 64
 
 
-def load_run(workdir: str | Path, scale: float | None = None) -> tuple[ModelBundle, Tree, Any]:
-    """(bundle, tuned parameters, config) of a run. Raises FileNotFoundError when there is none.
+class Loaded(NamedTuple):
+    """A run read back: its model, the base's parameters, what was trained, its config, and how much of the change is kept."""
 
-    scale: how much of the change from the base is kept; None: what the run's report judged.
+    bundle: ModelBundle
+    base: Tree
+    trained: Tree
+    config: Any
+    keep: float
+
+
+def read_run(workdir: str | Path, scale: float | None = None, options: dict[str, Any] | None = None) -> Loaded:
+    """A run as it was saved. Raises FileNotFoundError when there is none.
+
+    scale: how much of the change from the base is kept; None: what the run's report judged. options: over model_options.
     """
     folder = Path(workdir).expanduser()
     if not (folder / "config.json").is_file():
@@ -37,14 +47,24 @@ def load_run(workdir: str | Path, scale: float | None = None) -> tuple[ModelBund
     if not (folder / "trained.safetensors").is_file():
         raise FileNotFoundError(f"{folder} holds no trained.safetensors yet: the run has not saved its first checkpoint")
     config = ml_collections.ConfigDict(json.loads((folder / "config.json").read_text()))
+    if options:
+        config.model_options = ml_collections.ConfigDict({**dict(config.get("model_options") or {}), **options})
     bundle, params = build.model(config)
     partition = partition_of(config)
-    _, frozen = partition.init(jax.random.key(0), params)
     like = jax.eval_shape(lambda p: partition.init(jax.random.key(0), p)[0], params)
     trained = weights.load(folder / "trained.safetensors", like)
-    tuned = partition.combine(trained, frozen)
-    keep = float(config.get("evaluation", {}).get("scale", 1.0)) if scale is None else scale
-    return bundle, jax.tree.map(lambda b, p: b + keep * (p - b), params, tuned), config
+    keep = float((config.get("evaluation") or {}).get("scale", 1.0)) if scale is None else scale
+    return Loaded(bundle, params, trained, config, keep)
+
+
+def load_run(workdir: str | Path, scale: float | None = None,
+             options: dict[str, Any] | None = None) -> tuple[ModelBundle, Tree, Any]:  # fmt: skip
+    """(bundle, tuned parameters, config) of a run; see `read_run`."""
+    run = read_run(workdir, scale, options)
+    partition = partition_of(run.config)
+    _, frozen = partition.init(jax.random.key(0), run.base)
+    tuned = partition.combine(run.trained, frozen)
+    return run.bundle, jax.tree.map(lambda b, p: b + run.keep * (p - b), run.base, tuned), run.config
 
 
 def partition_of(config: Any) -> Partition:
@@ -54,21 +74,21 @@ def partition_of(config: Any) -> Partition:
 
 
 def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Array, settings: dict[str, Any],
-             x_T: jax.Array | None = None) -> np.ndarray:  # fmt: skip
+             x_T: jax.Array | None = None, negative: str = "", batch: int = BATCH) -> np.ndarray:  # fmt: skip
     """Samples of the prompts, decoded, [N,H,W,C] in [0, 1]; settings override the model's own for sampling."""
     from tqdm import tqdm
 
     sampler, guidance = build.sampler(ml_collections.ConfigDict({"sampling": settings}), bundle)
-    tokens, n = bundle.tokenize(texts), len(texts)
-    x_T = normal(fold(keys, 0), (n, *bundle.sample_shape)) if x_T is None else x_T
+    tokens, null_tokens, n = bundle.tokenize(texts), bundle.tokenize([negative]), len(texts)
+    x_T = initial(fold(keys, 0), sampler, (n, *bundle.sample_shape)) if x_T is None else sampler.initial_scale * x_T
 
     @jax.jit
     def chunk(params: Tree, keys: jax.Array, tokens: jax.Array, x_T: jax.Array) -> jax.Array:
-        cond, null = (bundle.encode_text(params, t) for t in (tokens, jnp.asarray(bundle.tokenize([""]))))
-        denoise = guided(partial(bundle.denoise, params), null, guidance)
+        cond, null = (bundle.encode_text(params, t) for t in (tokens, jnp.asarray(null_tokens)))
+        denoise = guided(partial(bundle.denoise, params), null, guidance.scale, rescale=guidance.rescale)
         return bundle.decode(params, sample_chain(fold(keys, 1), denoise, cond, sampler, x_T)[0])
 
-    size, out = min(BATCH, n), []
+    size, out = min(batch, n), []
     for i in tqdm(range(0, n, size), desc="sample", unit="batch", disable=n <= size):
         rows = np.minimum(np.arange(i, i + size), n - 1)
         out.append(np.asarray(chunk(params, keys[rows], tokens[rows], x_T[rows])))
@@ -76,20 +96,25 @@ def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Arra
 
 
 def generate(*, model: str, weights_file: str, run: str | None, scale: float | None, prompts: str, out: str, seed: int,
-             samples: int, noise: str | None, save_arrays: bool, settings: dict[str, Any]) -> list[Path]:  # fmt: skip
-    """Writes 0000.png, ... and prompts.txt into `out`; returns the pictures' paths. See `sample --help`."""
+             samples: int, noise: str | None, save_arrays: bool, settings: dict[str, Any], negative: str = "",
+             options: dict[str, Any] | None = None, batch: int = BATCH) -> list[Path]:  # fmt: skip
+    """Writes 0000.png, ... and prompts.txt into `out`; returns the pictures' paths. See `sample --help`.
+
+    options: the model's, such as height, width and dtype.
+    """
     from PIL import Image
 
     if run:
-        bundle, params, config = load_run(run, scale)
+        bundle, params, config = load_run(run, scale, options)
         settings = {**dict(config.get("sampling", {})), **settings}
     else:
-        bundle, params = build.model(ml_collections.ConfigDict({"model": model, "weights": weights_file, "seed": 0}))
+        bundle, params = build.model(ml_collections.ConfigDict({"model": model, "weights": weights_file, "seed": 0,
+                                                                "model_options": options or {}}))  # fmt: skip
     is_file = Path(prompts).suffix in (".txt", ".jsonl", ".csv") or Path(prompts).is_file() or prompts.startswith("critters:")
     texts = [p for p in (prompt_files.load(prompts) if is_file else [prompts]) for _ in range(samples)]
     keys = jax.random.split(jax.random.key(seed), len(texts))
     x_T = _noise(noise, (len(texts), *bundle.sample_shape)) if noise else None
-    array = pictures(bundle, params, texts, keys, settings, x_T)
+    array = pictures(bundle, params, texts, keys, settings, x_T, negative, batch)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:04d}.png" for i in range(len(texts))]
@@ -103,8 +128,12 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
 
 def _noise(path: str, shape: tuple[int, ...]) -> jax.Array:
     array = np.load(path)
+    n, height, width, channels = shape
+    if array.shape == (n, channels, height, width) and array.shape != shape:  # what diffusers calls latents
+        array = array.transpose(0, 2, 3, 1)
     if array.shape != shape:
-        raise ValueError(f"--noise holds an array {array.shape}; {shape} is needed, one noise for each picture")
+        raise ValueError(f"--noise holds an array {array.shape}; {shape} or {(n, channels, height, width)} is needed, one noise "
+                         "for each picture")  # fmt: skip
     if not np.isfinite(array).all():
         raise ValueError(f"--noise={path} holds numbers that are not finite")
     return jnp.asarray(array, jnp.float32)

@@ -60,12 +60,12 @@ def set_up(config: Any) -> tuple[Session, TrainState]:
 
 def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
     """A host batch as the algorithm sees it: condition encoded, pictures as samples, cut over the devices."""
-    bundle = session.run.parts.bundle
     data = sharding.shard(session.mesh, {k: v for k, v in batch.items() if k != "prompts"})
     out = {"cond": session.programs.encode(session.frozen, data.pop("tokens")), "condition": data.pop("condition", {})}
     for name, sample_name in (("images", "x0"), ("winner", "winner"), ("loser", "loser")):
         if name in data:
-            out[sample_name] = bundle.encode(session.run.params, data.pop(name).astype(jnp.float32) / 255.0)
+            pictures = data.pop(name)
+            out[sample_name] = _mapped(session, session.programs.to_samples, pictures)
     return out | data
 
 
@@ -107,12 +107,18 @@ def score(session: Session, rolled: Tree, batch: dict[str, Any], number: int) ->
         inputs = (rolled["x0"], rolled.get("condition", {}))
         rewards = step.mapped(lambda k, t: programs.score(frozen, *t), n, session.microbatch, jnp.zeros(n), inputs)
     else:
-        pictures = to_uint8(run.parts.bundle.decode(run.params, rolled["x0"]))
+        pictures = to_uint8(_mapped(session, programs.to_pictures, rolled["x0"]))
         values, parts = score_host(run.parts.reward, pictures, batch["prompts"], {}, batch_index=number,
                                    on_error=session.reward_errors)  # fmt: skip
         rewards = sharding.shard(session.mesh, values)
     shown = {f"reward/{k}": np.nanmean(v) for k, v in parts.items() if np.shape(v) == (n,)}
     return rewards, {"reward/mean": jnp.nanmean(rewards), "reward/std": jnp.nanstd(rewards), **shown}
+
+
+def _mapped(session: Session, program: Any, x: jax.Array) -> jax.Array:
+    """program(frozen, x) over microbatches of x [B, ...]."""
+    n = len(x)
+    return step.mapped(lambda k, part: program(session.frozen, part), n, session.microbatch, jnp.zeros(n), x)
 
 
 def train(config: Any, workdir: str | Path) -> Path:

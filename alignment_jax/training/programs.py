@@ -1,4 +1,4 @@
-"""The compiled programs of a run: init, encode, rollout, score, prepare, anchor, gradient, apply."""
+"""The compiled programs of a run, from the first parameters to the update."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ Array = jax.Array
 Tree = Any
 
 
+class Guidance(NamedTuple):
+    """Classifier-free guidance of a run: see `diffusion.guided`."""
+
+    scale: float = 1.0
+    rescale: float = 0.0
+
+
 class Parts(NamedTuple):
     """The parts that a config names, built."""
 
@@ -28,8 +35,9 @@ class Parts(NamedTuple):
     partition: Partition
     optimizer: optax.GradientTransformation
     reward: Reward | None = None
-    guidance_scale: float = 1.0
+    guidance: Guidance = Guidance()
     ema_decay: float = 0.0
+    trains_text: bool = False
 
 
 class Programs(NamedTuple):
@@ -37,6 +45,8 @@ class Programs(NamedTuple):
 
     init: Callable[..., TrainState]
     encode: Callable[..., Tree]
+    to_samples: Callable[..., Array]
+    to_pictures: Callable[..., Array]
     rollout: Callable[..., Tree]
     score: Callable[..., Array]
     prepare: Callable[..., Any]
@@ -48,11 +58,11 @@ class Programs(NamedTuple):
 
 def bind(parts: Parts, trained: Tree, copies: Tree, frozen: Tree) -> Networks:
     """The networks an algorithm sees: policy, its copies, and the reward with its gradient; guidance applied."""
-    guidance = {**dict.fromkeys(["policy", *copies], parts.guidance_scale), **parts.algorithm.needs.guidance}
+    scales = {**dict.fromkeys(["policy", *copies], parts.guidance.scale), **parts.algorithm.needs.guidance}
 
     def network(name: str, tree: Tree) -> Denoise:
         denoise = partial(parts.bundle.denoise, parts.partition.combine(tree, frozen["params"]))
-        return guided(denoise, frozen["null"], guidance[name])
+        return guided(denoise, frozen["null"], scales[name], rescale=parts.guidance.rescale)
 
     networks: dict[str, Callable[..., Array]] = {"policy": network("policy", trained)}
     networks |= {name: network(name, jax.lax.stop_gradient(tree)) for name, tree in copies.items()}
@@ -83,7 +93,13 @@ def build(parts: Parts) -> Programs:
                           algorithm.init(key_extra), key_run)  # fmt: skip
 
     def encode(frozen: Tree, tokens: Array) -> Tree:
-        return {"tokens": tokens} if parts.partition.trains_text else bundle.encode_text(frozen["params"], tokens)
+        return {"tokens": tokens} if parts.trains_text else bundle.encode_text(frozen["params"], tokens)
+
+    def to_samples(frozen: Tree, pictures: Array) -> Array:
+        return bundle.encode(frozen["params"], pictures.astype(jnp.float32) / 255.0)
+
+    def to_pictures(frozen: Tree, x0: Array) -> Array:
+        return bundle.decode(frozen["params"], x0)
 
     def rollout(state: TrainState, frozen: Tree, keys: Array, data: Tree) -> Tree:
         return algorithm.rollout(keys, bind(parts, state.trained, state.copies, frozen), data)
@@ -129,7 +145,8 @@ def build(parts: Parts) -> Programs:
         return state._replace(step=step, trained=trained, opt_state=opt_state, copies=copies, ema=ema), info
 
     return Programs(
-        init=jax.jit(init), encode=jax.jit(encode), rollout=jax.jit(rollout), score=jax.jit(score),
-        prepare=jax.jit(prepare), anchor=jax.jit(anchor), gradient=jax.jit(gradient),
+        init=jax.jit(init), encode=jax.jit(encode), to_samples=jax.jit(to_samples), to_pictures=jax.jit(to_pictures),
+        rollout=jax.jit(rollout), score=jax.jit(score), prepare=jax.jit(prepare),
+        anchor=jax.jit(anchor), gradient=jax.jit(gradient),
         accumulate=jax.jit(accumulate, donate_argnums=0), apply=jax.jit(apply, donate_argnums=0),
     )  # fmt: skip

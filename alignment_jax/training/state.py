@@ -38,11 +38,17 @@ class Partition(NamedTuple):
 
     init: Callable[[Array, Tree], tuple[Tree, Tree]]
     combine: Callable[[Tree, Tree], Tree]
-    trains_text: bool
 
 
-def lora_partition(*, rank: int, targets: str = "unet", scale: float = 1.0) -> Partition:
-    """Trains low-rank factors over frozen parameters; combine = W + scale a b."""
+def lora_partition(*, rank: int, targets: str = "unet", scale: float = 1.0, alpha: float | None = None) -> Partition:
+    """Trains low-rank factors over frozen parameters; combine = W + scale a b, scale = alpha / rank where alpha is given.
+
+    targets: a name in models.lora.TARGETS, or a regular expression over paths. Raises ValueError for scale beside alpha.
+    """
+    if alpha is not None:
+        if scale != 1.0:
+            raise ValueError(f"lora has scale {scale} and alpha {alpha}; scale is alpha / rank, so give one of the two")
+        scale = alpha / rank
 
     def init(key: Array, params: Tree) -> tuple[Tree, Tree]:
         return lora_lib.init(key, params, rank=rank, targets=targets), params
@@ -50,7 +56,7 @@ def lora_partition(*, rank: int, targets: str = "unet", scale: float = 1.0) -> P
     def combine(trained: Tree, frozen: Tree) -> Tree:
         return lora_lib.merge(frozen, trained, scale)
 
-    return Partition(init, combine, trains_text=bool(re.search(targets, "text/token/kernel")))
+    return Partition(init, combine)
 
 
 def full_partition(targets: str = "unet") -> Partition:
@@ -67,7 +73,7 @@ def full_partition(targets: str = "unet") -> Partition:
     def combine(trained: Tree, frozen: Tree) -> Tree:
         return unflatten_dict({**flatten_dict(frozen, sep="/"), **flatten_dict(trained, sep="/")}, sep="/")
 
-    return Partition(init, combine, trains_text=bool(re.search(targets, "text/token/kernel")))
+    return Partition(init, combine)
 
 
 def follow(rule: Any, copy: Tree, trained: Tree, step: Array) -> Tree:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -19,7 +21,8 @@ def save(path: str | Path, params: Tree, *, dtype: Any = None, metadata: dict[st
 
     def stored(x: Any) -> np.ndarray:
         x = np.asarray(x)
-        return np.ascontiguousarray(x.astype(dtype) if dtype is not None and np.issubdtype(x.dtype, np.floating) else x)
+        # not ascontiguousarray, which makes a vector of a scalar
+        return np.asarray(x, dtype if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype, order="C")
 
     flat = {k: stored(v) for k, v in flatten_dict(jax.device_get(params), sep="/").items()}
     temporary = Path(path).with_suffix(".tmp")
@@ -44,14 +47,14 @@ def load(path: str | Path, like: Tree = None) -> Tree:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); {path.stat().st_size} bytes. "
                          "Copy it again.") from error  # fmt: skip
-    flat = {k: v.astype(np.float32) if np.issubdtype(v.dtype, np.floating) else v for k, v in flat.items()}
+    flat = {k: v.astype(np.float32) if jnp.issubdtype(v.dtype, jnp.floating) else v for k, v in flat.items()}
     if like is not None:
         check(flat, {k: tuple(v.shape) for k, v in flatten_dict(like, sep="/").items()}, str(path))
     return unflatten_dict(flat, sep="/")
 
 
-def check(flat: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raises ValueError when names or shapes differ from what the model wants."""
+def check(flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises ValueError when names or shapes of `flat` (arrays or shapes) differ from what the model wants."""
     missing, unexpected = sorted(shapes.keys() - flat.keys()), sorted(flat.keys() - shapes.keys())
     wrong = [f"{k}: {flat[k].shape}, wanted {shapes[k]}" for k in sorted(shapes.keys() & flat.keys())
              if tuple(flat[k].shape) != shapes[k]]  # fmt: skip
