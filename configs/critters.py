@@ -28,17 +28,19 @@ CHANGES = {
     "alignprop": {"method": {"name": "alignprop", "mean_k": 4.0, "std_k": 2.0}, "steps": 100},
     "refl": {"method": {"name": "refl", "window": 0.5, "anchor_weight": 2.0}},
     "ddpo": {"method": {"name": "ddpo", "advantage": "group", "timestep_fraction": 0.5}, "sampling.eta": 1.0, "steps": 100,
-             "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 3e-4},
-    "diffusion_nft": {"method": {"name": "diffusion_nft", "reference_weight": 1.0, "draws": 2, "adaptive": False},
+             "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
+    "diffusion_nft": {"method": {"name": "diffusion_nft", "reference_weight": 0.3, "adv_clip": 1.0, "draws": 2, "adaptive": False},
                       "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "steps": 160},
+    # regression on pictures undoes the distilled guidance of the base: these two are sampled with guidance, as the base was
     "raft": {"method": {"name": "raft", "top": 1, "draws": 4}, "batch": {"prompts": 16, "group": 8, "microbatch": 64},
-             "steps": 160, "optimizer.learning_rate": 3e-4},
+             "steps": 80, "optimizer.learning_rate": 3e-4, "sampling.guidance_scale": 3.0},
     # pairs: an .npz of winner, loser, prompts and preference; these are made by
     #   python -m alignment_jax label --guidance_scale=2 --pairs=4096 --out=data_cache/critters_pairs.npz
-    "diffusion_dpo": {"method": {"name": "diffusion_dpo", "beta": 500.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
-                      "steps": 400, "optimizer.learning_rate": 3e-4},
+    "diffusion_dpo": {"method": {"name": "diffusion_dpo", "beta": 2000.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
+                      "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 300, "optimizer.learning_rate": 1e-4},
     # the renders themselves, drawn on first use, with their noisy captions
-    "sft": {"method": {"name": "sft"}, "data": {"labels": "critters"}, "steps": 400, "optimizer.learning_rate": 3e-4},
+    "sft": {"method": {"name": "sft"}, "data": {"labels": "critters", "drop": 0.1}, "steps": 400, "optimizer.learning_rate": 3e-4,
+            "sampling.guidance_scale": 3.0},
     "jpeg": {"method": {"name": "ddpo", "advantage": "group", "timestep_fraction": 0.5}, "reward": "jpeg_compressibility",
              "sampling.eta": 1.0, "steps": 100, "batch": {"prompts": 8, "group": 8, "microbatch": 64},
              "optimizer.learning_rate": 3e-4},

@@ -20,6 +20,7 @@ class Needs(NamedTuple):
     data: "prompts" {"cond", "prompt_id", "condition"}, "labels" (also "x0"), "pairs" (also "winner" and "loser").
     reward: None, "value" (scores [B] of the rollout) or "gradient" (networks["reward"](keys, x0, condition) -> [B]).
     copies: other networks by name and how each follows the policy: "frozen", ("ema", decay), ("every", steps).
+      Always there: "policy", with the sampler's guidance, and "unguided", the policy without it.
     guidance: guidance scales by network name where they are not the sampler's.
     """
 

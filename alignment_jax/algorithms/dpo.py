@@ -49,4 +49,5 @@ def diffusion_dpo(sampler: Sampler, *, beta: float = 5000.0, link: str = "logist
                 "winner_drift": drift[:, 0], "loser_drift": drift[:, 1]}  # fmt: skip
         return p * f(u) + (1 - p) * f(-u), info
 
-    return Algorithm(Needs("pairs", copies={"reference": "frozen"}), loss, anchor=anchor)
+    # errors are those of the networks themselves, as in pre-training; guidance is for sampling
+    return Algorithm(Needs("pairs", copies={"reference": "frozen"}, guidance={"policy": 1.0, "reference": 1.0}), loss, anchor=anchor)

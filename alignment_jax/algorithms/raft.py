@@ -38,7 +38,7 @@ def raft(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, top: int =
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
         x_t, t, eps = noised(keys, items["x0"], sampler.schedule)
-        output = networks["policy"](x_t, t, items["cond"])
+        output = networks["unguided"](x_t, t, items["cond"])  # guidance is for sampling; the regression is the network's own
         error = denoise_error(output, x_t, t, items["x0"], eps, schedule=sampler.schedule,
                               prediction=sampler.prediction, snr_gamma=snr_gamma)  # fmt: skip
         return items["weight"] * error, {"denoising_error": error}

@@ -16,7 +16,7 @@ def sft(sampler: Sampler, *, snr_gamma: float | None = 5.0) -> Algorithm:
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
         x_t, t, eps = noised(keys, items["x0"], sampler.schedule)
-        output = networks["policy"](x_t, t, items["cond"])
+        output = networks["unguided"](x_t, t, items["cond"])
         error = denoise_error(output, x_t, t, items["x0"], eps, schedule=sampler.schedule,
                               prediction=sampler.prediction, snr_gamma=snr_gamma)  # fmt: skip
         return error, {"denoising_error": error}

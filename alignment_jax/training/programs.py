@@ -57,14 +57,15 @@ class Programs(NamedTuple):
 
 
 def bind(parts: Parts, trained: Tree, copies: Tree, frozen: Tree) -> Networks:
-    """The networks an algorithm sees: policy, its copies, and the reward with its gradient; guidance applied."""
+    """The networks an algorithm sees: policy and its copies, guided; policy unguided; the reward with its gradient."""
     scales = {**dict.fromkeys(["policy", *copies], parts.guidance.scale), **parts.algorithm.needs.guidance}
 
     def network(name: str, tree: Tree) -> Denoise:
         denoise = partial(parts.bundle.denoise, parts.partition.combine(tree, frozen["params"]))
         return guided(denoise, frozen["null"], scales[name], rescale=parts.guidance.rescale)
 
-    networks: dict[str, Callable[..., Array]] = {"policy": network("policy", trained)}
+    scales["unguided"] = 1.0
+    networks: dict[str, Callable[..., Array]] = {"policy": network("policy", trained), "unguided": network("unguided", trained)}
     networks |= {name: network(name, jax.lax.stop_gradient(tree)) for name, tree in copies.items()}
     if parts.algorithm.needs.reward == "gradient":
         networks["reward"] = partial(differentiable_reward, parts, frozen)
