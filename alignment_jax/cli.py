@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             rest = FLAGS([f"{argv[0]} {argv[1]}", *argv[2:]])[1:]
         except AttributeError as error:  # how ml_collections says that an override names no field
-            raise ValueError("the config has no field " + str(error).replace("\n", ". ")) from error
+            said = str(error).strip('"').strip("'").replace("\\'", "'").replace("\\n", "\n")
+            raise ValueError("the config has no field " + ". ".join(said.split("\n"))) from error
         run(rest)
     except flags.Error as error:
         _fail(str(error))
@@ -97,6 +98,8 @@ def _sample_flags() -> None:
     flags.DEFINE_string("weights", "shipped", "A .safetensors file of the whole model instead of its own weights.")
     flags.DEFINE_string("run", None, "Workdir of a run: its tuned parameters are used.")
     flags.DEFINE_float("scale", None, "How much of the run's change is used: 0 the base, 1 all; default as it was judged.")
+    flags.DEFINE_multi_string("lora", [], "A LoRA's .safetensors file, as diffusers, PEFT or kohya's tools write it; may be repeated.")
+    flags.DEFINE_multi_float("lora_scale", [], "How much of each LoRA is used; 1 unless given.")
     flags.DEFINE_string("prompts", None, "A prompt, or a txt, jsonl or csv file of prompts.")
     flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
     flags.DEFINE_string("out", None, "Folder for the pictures.")
@@ -125,11 +128,14 @@ def sample(rest: Sequence[str]) -> None:
     from .training.generate import generate
 
     settings = _given("num_steps", "guidance_scale", "guidance_rescale", "eta", "scheduler", "spacing")
-    files = generate(model=FLAGS.model, weights_file=FLAGS.weights, run=FLAGS.run, scale=FLAGS.scale, prompts=FLAGS.prompts,
-                     out=FLAGS.out, seed=FLAGS.seed, samples=FLAGS.samples, noise=FLAGS.noise,
-                     save_arrays=FLAGS.save_arrays, settings=settings, negative=FLAGS.negative_prompt, batch=FLAGS.batch,
-                     options=_given("height", "width", "dtype", "variant"))  # fmt: skip
-    print(f"{len(files)} pictures in {FLAGS.out}")
+    files, scales = FLAGS.lora, FLAGS.lora_scale or [1.0] * len(FLAGS.lora)
+    if len(scales) != len(files):
+        raise ValueError(f"{len(files)} --lora and {len(scales)} --lora_scale; give a scale for each file, or none")
+    written = generate(model=FLAGS.model, weights_file=FLAGS.weights, run=FLAGS.run, scale=FLAGS.scale, prompts=FLAGS.prompts,
+                       out=FLAGS.out, seed=FLAGS.seed, samples=FLAGS.samples, noise=FLAGS.noise,
+                       save_arrays=FLAGS.save_arrays, settings=settings, negative=FLAGS.negative_prompt, batch=FLAGS.batch,
+                       options=_given("height", "width", "dtype", "variant"), loras=list(zip(files, scales)))  # fmt: skip
+    print(f"{len(written)} pictures in {FLAGS.out}")
 
 
 # -- evaluate ------------------------------------------------------------------------------------------------------
@@ -204,7 +210,10 @@ def list_(rest: Sequence[str]) -> None:
         return
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        print(f"{row['name']:{width}}  {row['summary']}" + (f"  [{row['paper']}]" if row["paper"] else ""))
+        facts = [row["paper"]] if row["paper"] else []
+        if "licence" in row:
+            facts += [f"{row['range'][0]:g} to {row['range'][1]:g}", row["licence"]]
+        print(f"{row['name']:{width}}  {row['summary']}" + (f"  [{'; '.join(facts)}]" if facts else ""))
 
 
 # -- selfcheck, export -----------------------------------------------------------------------------------------------
@@ -263,7 +272,7 @@ def convert(rest: Sequence[str]) -> None:
 def _score_flags() -> None:
     flags.DEFINE_string("reward", None, "A reward's name (list rewards), or module:name.")
     flags.DEFINE_string("weights", None, "Its weights: a folder, a .safetensors file or a hub id.")
-    flags.DEFINE_multi_string("option", [], "NAME=VALUE for the reward's other arguments, such as mode=exact or version=v2.1.")
+    flags.DEFINE_multi_string("option", [], "NAME=VALUE for the reward's other arguments, such as mode=exact or scale=2.5.")
     flags.DEFINE_string("images", None, "A folder of pictures, or an .npy [N,H,W,C].")
     flags.DEFINE_string("prompts", None, "A file with one prompt a picture, or one prompt for all.")
     flags.DEFINE_string("out", None, "The .json to write.")
@@ -279,7 +288,7 @@ def score(rest: Sequence[str]) -> None:
     wrong = [text for text in FLAGS.option if "=" not in text]
     if wrong:
         raise ValueError(f"--option={wrong[0]} must be NAME=VALUE")
-    options = dict(text.split("=", 1) for text in FLAGS.option) | _given("weights")
+    options = {k: _value(v) for k, v in (text.split("=", 1) for text in FLAGS.option)} | _given("weights")
     result = run(reward=FLAGS.reward, options=options, images=FLAGS.images, prompts=FLAGS.prompts, out=FLAGS.out)
     print(f"{result['reward']}: mean {result['mean']:.4f}, std {result['std']:.4f} of {len(result['scores'])} pictures; {FLAGS.out}")
 
@@ -287,6 +296,14 @@ def score(rest: Sequence[str]) -> None:
 def _given(*names: str) -> dict[str, Any]:
     """The flags of these names that were given."""
     return {k: FLAGS[k].value for k in names if FLAGS[k].value is not None}
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or another JSON value, or else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _dtype(name: str | None) -> Any:

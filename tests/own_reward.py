@@ -6,3 +6,10 @@ import numpy as np
 def brightness(images, prompts, metadata):
     """Mean brightness of a picture."""
     return images.astype(np.float32).mean((1, 2, 3)) / 255.0, {"dark": (images < 64).mean((1, 2, 3))}
+
+
+def warmth():
+    """How much redder than blue a picture is: a differentiable reward on the device."""
+    from alignment_jax.rewards.base import Reward
+
+    return Reward("warmth", lambda params, images, condition: (images[..., 0] - images[..., 2]).mean((1, 2)), range=(-1.0, 1.0))

@@ -29,7 +29,8 @@ class Source:
             raise ValueError("the data set is empty; nothing can be drawn from it")
         index, count = shard
         order = grain.MapDataset.range(n).seed(seed).shuffle().repeat()[index::count]
-        self._iterator = iter(order.batch(batch).to_iter_dataset())
+        # the order has no end, so nothing is dropped; rounding its length up would overflow at batches of 1
+        self._iterator = iter(order.batch(batch, drop_remainder=True).to_iter_dataset())
         self._make, self._seed, self._position = make, seed, 0
         self.prompts: Sequence[str] = ()  # what a prompt source draws from
 
@@ -76,7 +77,7 @@ def label_source(images: np.ndarray, captions: Sequence[str], tokenize: Callable
 
     def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
         dropped = rng.random(len(indices)) < drop
-        return {"images": images[indices], "tokens": np.where(dropped[:, None], null, tokens[indices]),
+        return {"images": images[indices], "tokens": _emptied(tokens[indices], dropped, null),
                 "prompt_id": indices.astype(np.int32)}  # fmt: skip
 
     return Source(len(images), batch, seed, make, shard)
@@ -105,15 +106,21 @@ def pair_reader(pairs: Any, size: tuple[int, int]) -> Callable[[np.ndarray], Bat
 
 
 def pair_source(pairs: Any, tokenize: Callable[[Sequence[str]], np.ndarray], size: tuple[int, int], *, batch: int,
-                seed: int, shard: tuple[int, int] = (0, 1)) -> Source:  # fmt: skip
-    """Batches of preference pairs as pair_reader reads them, with tokens; the pictures are decoded batch by batch."""
-    read = pair_reader(pairs, size)
+                seed: int, drop: float = 0.0, shard: tuple[int, int] = (0, 1)) -> Source:  # fmt: skip
+    """Batches of preference pairs as pair_reader reads them, with tokens; the pictures are decoded batch by batch. A share
+    `drop` of the prompts is made empty."""
+    read, null = pair_reader(pairs, size), tokenize([""])[0]
     tokens = tokenize(pairs.prompts) if hasattr(pairs, "prompts") else None  # in memory: what is too long is said now
 
     def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
         rows = read(indices)
         texts = rows.pop("prompts")
-        return {**rows, "tokens": tokenize(texts) if tokens is None else tokens[indices],
-                "prompt_id": indices.astype(np.int32)}  # fmt: skip
+        found = tokenize(texts) if tokens is None else tokens[indices]
+        return {**rows, "tokens": _emptied(found, rng.random(len(indices)) < drop, null), "prompt_id": indices.astype(np.int32)}
 
     return Source(len(pairs), batch, seed, make, shard)
+
+
+def _emptied(tokens: np.ndarray, dropped: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """tokens [B, ...] with those of the empty prompt where dropped [B]."""
+    return np.where(dropped.reshape(-1, *[1] * null.ndim), null, tokens)

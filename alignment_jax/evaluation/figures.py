@@ -22,7 +22,7 @@ DIVERSITY_TARGET = 0.9
 
 
 def enlarge(images: ArrayLike, size: int) -> np.ndarray:
-    """Images [N, H, W, C], uint8 or float in [0, 1], as uint8 [N, k H, k W, 3], nearest, k H <= size."""
+    """Images [N, H, W, C], uint8 or float in [0, 1], as uint8 [N, k H, k W, 3], nearest, k H <= size; k is at least 1."""
     x = np.asarray(images)
     if x.ndim != 4 or x.shape[-1] not in (1, 3):
         raise ValueError(f"images must be [N, H, W, 1 or 3]; got shape {list(x.shape)}")
@@ -33,8 +33,12 @@ def enlarge(images: ArrayLike, size: int) -> np.ndarray:
 
 
 def frame(images: ArrayLike, right: ArrayLike | None, size: int = 96, border: int = 4) -> np.ndarray:
-    """`enlarge`d images [N, ...] with a frame: green where right [N] is true, red where false, none without right."""
+    """`enlarge`d images [N, ...] with a frame: green where right [N] is true, red where false, none without right.
+
+    Images higher than two sizes are shrunk to one.
+    """
     x = enlarge(images, size)
+    x = x if x.shape[1] <= 2 * size else np.stack([np.asarray(shrunk(image, size)) for image in x])
     if right is None:
         return np.pad(x, ((0, 0), (border, border), (border, border), (0, 0)), constant_values=255)
     out = np.empty((len(x), x.shape[1] + 2 * border, x.shape[2] + 2 * border, 3), np.uint8)
@@ -42,6 +46,14 @@ def frame(images: ArrayLike, right: ArrayLike | None, size: int = 96, border: in
         out[i] = [int(COLOURS["right" if ok else "wrong"][j : j + 2], 16) for j in (1, 3, 5)]
     out[:, border:-border, border:-border] = x
     return out
+
+
+def shrunk(image: np.ndarray, height: int) -> Any:
+    """A uint8 image [H, W, 3] as a PIL image of this height."""
+    from PIL import Image
+
+    width = max(1, round(image.shape[1] * height / image.shape[0]))
+    return Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def grid(before: ArrayLike, after: ArrayLike, right_before: ArrayLike | None = None,
@@ -78,13 +90,14 @@ def grid(before: ArrayLike, after: ArrayLike, right_before: ArrayLike | None = N
         return _png(figure, dpi=150)
 
 
-def curves(history: Sequence[Mapping[str, Any]], *, diversity_floor: float = DIVERSITY_TARGET,
+def curves(history: Sequence[Mapping[str, Any]], *, diversity_floor: float = DIVERSITY_TARGET, rate: bool = True,
            dark: bool = False) -> bytes:  # fmt: skip
     """Proxy reward, gold judge, diversity and KL over training time (over steps where rows have no "time").
 
     history: rows with the catalogue's names (metrics.py); reward/mean is drawn raw and smoothed, name/low and name/high
-    as a band. A quantity that was not measured says so.
+    as a band. A quantity that was not measured says so. rate: gold is the share of right samples, not a score.
     """
+    titles = _titles(rate)
     clock = "time" if history and all("time" in row for row in history) else "step"
     with _style(dark) as Figure:
         figure = Figure(figsize=(9.4, 5.2), layout="constrained")
@@ -92,8 +105,8 @@ def curves(history: Sequence[Mapping[str, Any]], *, diversity_floor: float = DIV
         figure.get_layout_engine().set(hspace=0.09, wspace=0.06)
         colours = _colours(dark)
         for ax, (kind, title, name) in zip(axes.flat, (
-            ("proxy", "Proxy reward", "proxy"), ("gold", "Gold judge, all right", "gold/all"),
-            ("diversity", "Diversity among right samples", "diversity/pixel_right"),
+            ("proxy", titles["proxy"], "proxy"), ("gold", titles["gold"], "gold/all"),
+            ("diversity", titles["diversity"], "diversity/pixel_right"),
             ("kl", "KL from the base, nats", "kl/path"),
         ), strict=True):  # fmt: skip
             ax.set_title(title, loc="left", fontweight="bold")
@@ -108,7 +121,7 @@ def curves(history: Sequence[Mapping[str, Any]], *, diversity_floor: float = DIV
                             color=_ink(dark)[1])  # fmt: skip
             if kind == "kl":
                 ax.set_ylim(bottom=0)
-            if kind == "gold":
+            if kind == "gold" and rate:
                 _percent(ax, unflatten(history, name))
             if not drawn:
                 _nothing(ax, dark)
@@ -118,16 +131,15 @@ def curves(history: Sequence[Mapping[str, Any]], *, diversity_floor: float = DIV
 
 
 def over_optimisation_panel(points: Sequence[Mapping[str, Any]], best_of_n: Sequence[Mapping[str, Any]] = (), *,
-                            dark: bool = False) -> bytes:  # fmt: skip
+                            rate: bool = True, dark: bool = False) -> bytes:  # fmt: skip
     """Gold, proxy and diversity against sqrt(KL): where the proxy still means gold, the first two rise together.
 
     points: the blend of base and tuned model, {"lambda": 0..1.25, "kl": nats, "gold", "proxy": Intervals, "diversity":
     Interval (optional)}; lambda 1 is the aligned model and drawn filled. best_of_n: {"n", "gold", "proxy"} of
-    the base, drawn at KL = log n - (n - 1) / n. Whiskers: 95 % intervals.
+    the base, drawn at KL = log n - (n - 1) / n. Whiskers: 95 % intervals. rate: as in `curves`.
     """
-    panels = [("gold", "Gold judge, all right"), ("proxy", "Proxy reward")]
-    if any("diversity" in p for p in points):
-        panels.append(("diversity", "Diversity among right samples"))
+    kinds = ("gold", "proxy", "diversity") if any("diversity" in p for p in points) else ("gold", "proxy")
+    panels = [(kind, _titles(rate)[kind]) for kind in kinds]
     with _style(dark) as Figure:
         figure = Figure(figsize=(9.4, 3.3), layout="constrained")
         axes = figure.subplots(1, len(panels))
@@ -147,11 +159,16 @@ def over_optimisation_panel(points: Sequence[Mapping[str, Any]], best_of_n: Sequ
                          "best of n, labelled n", dark, marker="s", below=True)  # fmt: skip
                 ax.legend(loc="best", frameon=False, fontsize=7.5, handlelength=1.8)
             ax.margins(x=0.06, y=0.16)
-            _percent(ax, [p[kind] for p in [*points, *best_of_n] if p.get(kind)] if kind == "gold" else [])
+            _percent(ax, [p[kind] for p in [*points, *best_of_n] if p.get(kind)] if kind == "gold" and rate else [])
             ax.set_xlim(left=min(-0.02 * ax.get_xlim()[1], 0.0))
             if not points and not rows:
                 _nothing(ax, dark)
         return _png(figure)
+
+
+def _titles(rate: bool) -> dict[str, str]:
+    return {"proxy": "Proxy reward", "gold": "Gold judge, all right" if rate else "Gold judge's score",
+            "diversity": "Diversity among right samples" if rate else "Diversity within a prompt"}  # fmt: skip
 
 
 def _scatter(ax: Any, x: list[float], y: list[Interval], colour: str, labels: list[str], filled: list[bool], name: str,

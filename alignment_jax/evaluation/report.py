@@ -7,6 +7,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .over_optimisation import gao_fit
 from .summary import plain
 
 TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
+SMALL = 64  # pictures up to this size are shown pixel by pixel
 MODELS = ("base", "aligned", "best_of_n")
 DIVERSITIES = {
     "pixel_right": ("Pixel distance among right samples", "the declared measure"),
@@ -34,7 +36,7 @@ def write_report(workdir: str | os.PathLike[str], *, summary: Mapping[str, Any],
                  diversity_ratio: Mapping[str, Any] | None = None, real: Mapping[str, Any] | None = None,
                  costs: Mapping[str, Mapping[str, float]] | None = None, trained: Mapping[str, Any] | None = None,
                  config_text: str = "", commands: Mapping[str, str] | None = None, notes: Sequence[str] = (),
-                 pairs: int = 24, groups: int = 3) -> Path:  # fmt: skip
+                 rate: bool | None = None, pairs: int = 24, groups: int = 3) -> Path:  # fmt: skip
     """Writes workdir/report.html and returns its path; one file, nothing is loaded from anywhere.
 
     Args:
@@ -54,7 +56,8 @@ def write_report(workdir: str | os.PathLike[str], *, summary: Mapping[str, Any],
       real: real renders' values, as a summary's "diversity".
       costs: per picture, {"base" | "aligned" | "best_of_n": {"network_calls", "reward_calls"?, "seconds"}}.
       trained: what was trained, label -> text. config_text: the whole config. commands: label -> shell command.
-      notes: sentences on how it was measured. pairs, groups: how many before/after pairs and prompts' groups are shown:
+      notes: sentences on how it was measured. rate: gold is the share of right samples, not a score (None: it is where it
+        lies in [0, 1]). pairs, groups: how many before/after pairs and prompts' groups are shown:
         the first ones, none chosen.
 
     Raises ValueError when the shapes of prompts, images and right do not belong together.
@@ -66,22 +69,25 @@ def write_report(workdir: str | os.PathLike[str], *, summary: Mapping[str, Any],
     draw_panel = bool(blend or best_of_n)
     names = {"base": "Base", "aligned": "Aligned", "best_of_n": f"Best of {selected_from}"}
     percent = all(0 <= _get(s, m, "gold", end, default=0.0) <= 1 for m in MODELS for end in ("mean", "low", "high"))
+    percent = percent if rate is None else rate
     ratio = plain(diversity_ratio) if diversity_ratio else _plain_ratio(s)
     context = {
         "s": s, "names": names, "models": MODELS, "percent": percent, "ratio": ratio, "gain": plain(gain),
         "verdict": _verdict(s, ratio, percent), "verb": _verb(s),
         "pairs": _pairs(prompts, pictures, verdicts, pairs), "groups": _groups(prompts, pictures, verdicts, groups),
-        "curves": _picture(figures.curves, list(history)),
-        "panel": _picture(figures.over_optimisation_panel, list(blend), list(best_of_n)) if draw_panel else None,
-        "attributes": _attributes(s), "diversity": _diversity(s, plain(real or {})),
+        "curves": _picture(partial(figures.curves, rate=percent), list(history)),
+        "panel": _picture(partial(figures.over_optimisation_panel, rate=percent), list(blend), list(best_of_n)) if draw_panel else None,
+        "attributes": _attributes(s), "diversity": _diversity(s, plain(real or {}), percent),
+        "real": bool(real) or any("nuisance_recall" in s[m]["diversity"] for m in ("base", "aligned")),
+        "large": pictures["base"].shape[2] > SMALL,
         "peak": _peak(blend), "costs": _costs(plain(costs or {})), "trained": trained or {},
         "config_text": config_text, "commands": commands or {}, "notes": notes, "pair_count": len(prompts),
     }  # fmt: skip
     path = Path(workdir) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(_render(context), encoding="utf-8")
-    os.replace(partial, path)
+    unfinished = path.with_suffix(".html.partial")
+    unfinished.write_text(_render(context), encoding="utf-8")
+    os.replace(unfinished, path)
     return path
 
 
@@ -182,10 +188,14 @@ def _attributes(s: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "start": start, "span": max(1 - start, 1e-6)}
 
 
-def _diversity(s: Mapping[str, Any], real: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _diversity(s: Mapping[str, Any], real: Mapping[str, Any], percent: bool) -> list[dict[str, Any]]:
     columns = {**{m: _get(s, m, "diversity", default={}) for m in ("base", "aligned")}, "real": real}
     rows: list[dict[str, Any]] = []
-    for key, (label, note) in DIVERSITIES.items():
+    # where gold is a score there are no right samples, and the declared measure is that of all
+    shown = DIVERSITIES if percent else {**DIVERSITIES, "pixel": ("Pixel distance within a prompt", "the declared measure")}
+    for key, (label, note) in shown.items():
+        if key == "pixel_right" and not percent:
+            continue
         values = {c: _interval(d.get(key)) for c, d in columns.items()}
         if any(values.values()):
             rows.append({"name": label, "note": note, "values": values, "minor": False})
@@ -224,12 +234,15 @@ def _image(image: np.ndarray, largest: int = 256) -> str:
     if max(picture.size) > largest:
         picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
+    if max(picture.size) > SMALL:  # a photograph in PNG would be ten times as large
+        picture.save(buffer, "JPEG", quality=92, subsampling=0)
+        return _uri(buffer.getvalue(), "jpeg")
     picture.save(buffer, "PNG", optimize=True)
     return _uri(buffer.getvalue())
 
 
-def _uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def _uri(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")
 
 
 def _check(prompts: Sequence[str], images: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> None:

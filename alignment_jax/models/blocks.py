@@ -19,13 +19,39 @@ from .layers import attention
 Array = jax.Array
 
 
-def group_norm(name: str, groups: int, epsilon: float) -> nn.GroupNorm:
+class GroupNorm(nn.Module):
     """Group normalisation with float32 statistics and output.
 
     The variance is that of the differences from the mean, not E[x^2] - E[x]^2: where a group's mean is 10 (100) times
-    its deviation, the latter is wrong by 1e-4 (1e-2).
+    its deviation, the latter is wrong by 1e-4 (1e-2). Sums are taken by channel first, then by group: on CPU several
+    times faster than over positions and a group's channels at once.
     """
-    return nn.GroupNorm(groups, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+    groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B,H,W,C] -> [B,H,W,C], float32. Raises ValueError unless groups divides C."""
+        b, h, w, c = x.shape
+        if c % self.groups:
+            raise ValueError(f"{c} channels do not divide into {self.groups} groups; see norm_num_groups")
+        size = c // self.groups
+
+        def mean(x: Array) -> Array:
+            of_groups = x.sum((1, 2)).reshape(b, self.groups, size).sum(-1) / (h * w * size)
+            return jnp.repeat(of_groups, size, -1)[:, None, None, :]
+
+        scale = self.param("scale", nn.initializers.ones, (c,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - mean(x)
+        return x * (jax.lax.rsqrt(mean(x * x) + self.epsilon) * scale) + bias
+
+
+def group_norm(name: str, groups: int, epsilon: float) -> GroupNorm:
+    """A `GroupNorm` by a checkpoint's name."""
+    return GroupNorm(groups, epsilon, name=name)
 
 
 def conv3x3(name: str, features: int, dtype: Any, *, stride: int = 1, padding: Any = 1) -> nn.Conv:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,11 @@ def stable_diffusion(folder: str | Path, *, height: int = 0, width: int = 0, dty
     two = "text_encoder_2" in index and index["text_encoder_2"][0] is not None
     encoders = ("text_encoder", "text_encoder_2") if two else ("text_encoder",)
     configs = {name: _json(folder / name / "config.json") for name in ("unet", "vae", *encoders)}
-    net: Any = unet(configs["unet"], dtype=dtype, remat=remat, attention=attention)
+    build = lambda name, factory, **more: _built(folder / name / "config.json", factory, configs[name], remat=remat, **more)
+    net: Any = build("unet", unet, dtype=dtype, attention=attention)
     upcast = bool(configs["vae"].get("force_upcast", False)) and two
-    vae: Any = autoencoder(configs["vae"], dtype=jnp.float32 if upcast else dtype, remat=remat, attention=attention)
-    towers: dict[str, Any] = {name: clip_text(configs[name], dtype=dtype, remat=remat) for name in encoders}
+    vae: Any = build("vae", autoencoder, dtype=jnp.float32 if upcast else dtype, attention=attention)
+    towers: dict[str, Any] = {name: build(name, clip_text, dtype=dtype) for name in encoders}
     lengths = [int(configs[name].get("max_position_embeddings", 77)) for name in encoders]
     tokenizers = [clip_tokenizer(folder / place, length=length)
                   for place, length in zip(("tokenizer", "tokenizer_2"), lengths)]  # fmt: skip
@@ -147,6 +148,14 @@ def _size(height: int, width: int, trained: int, factor: int) -> tuple[int, int]
         raise ValueError(f"pictures must be multiples of {factor} high and wide; got {size[0]} x {size[1]}, "
                          f"the nearest is {near[0]} x {near[1]}")  # fmt: skip
     return size
+
+
+def _built(path: Path, factory: Callable[..., Any], config: Mapping[str, Any], **more: Any) -> Any:
+    """factory(config, **more), whose errors then name the file."""
+    try:
+        return factory(config, **more)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
@@ -27,10 +28,19 @@ from ..rewards.base import Reward
 from ..rewards.combine import weighted
 from ..weights import files as weight_files
 from .optimizer import optimizer
+from .precompute import latent_source
 from .programs import Guidance, Parts
 from .state import full_partition, lora_partition
 
 Tree = Any
+
+
+class Plan(NamedTuple):
+    """What follows from a config and the shapes of its parameters: parts, the sampler, the learning rate."""
+
+    parts: Parts
+    sampler: Sampler
+    learning_rate: Callable[[int], Any]
 
 
 class Run(NamedTuple):
@@ -78,6 +88,12 @@ def model(config: Any) -> tuple[ModelBundle, Tree]:
     weights: "shipped" (the model's own), "init" (random), or a .safetensors file of the whole model. model_options: the
     factory's arguments, and for folders `variant` (such as "fp16") and `param_dtype`, what parameters are kept in.
     """
+    bundle, _, read = described(config)
+    return bundle, read()
+
+
+def described(config: Any) -> tuple[ModelBundle, Tree, Callable[[], Tree]]:
+    """(bundle, shapes of its parameters, read) of a config as in `model`; only read() opens the weights."""
     kwargs, source = dict(config.get("model_options") or {}), config.get("weights", "shipped")
     stored = {k: kwargs.pop(k, None) for k in ("variant", "param_dtype")}
     path = None
@@ -88,14 +104,22 @@ def model(config: Any) -> tuple[ModelBundle, Tree]:
         path = folder(config.model)
         bundle = call(stable_diffusion.stable_diffusion, kwargs, "model_options", folder=path)
     shapes = jax.eval_shape(bundle.init, jax.random.key(0))
-    if source == "init":
-        return bundle, jax.jit(bundle.init)(jax.random.key(config.seed))
     if source != "shipped" or path is None:
-        return bundle, weights.load(entry.weights if source == "shipped" else source, shapes)
+        where = entry.weights if source == "shipped" else source
+
+        def read() -> Tree:
+            return jax.jit(bundle.init)(jax.random.key(config.seed)) if source == "init" else weights.load(where, shapes)
+
+        return bundle, shapes, read
     dtype = jnp.dtype(stored["param_dtype"] or "float32")
-    return bundle, {name: weight_files.load_component(path / name, like, stem=stable_diffusion.COMPONENTS[name],
-                                                      variant=stored["variant"], dtype=dtype)
-                    for name, like in shapes.items()}  # fmt: skip
+
+    def components() -> Tree:
+        return {name: weight_files.load_component(path / name, like, stem=stable_diffusion.COMPONENTS[name],
+                                                  variant=stored["variant"], dtype=dtype)
+                for name, like in shapes.items()}  # fmt: skip
+
+    kept = lambda x: jax.ShapeDtypeStruct(x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+    return bundle, jax.tree.map(kept, shapes), components
 
 
 def folder(source: str) -> Path:
@@ -111,6 +135,8 @@ def reward(config: Any) -> Reward | None:
     spec = config.get("reward")
     if not spec:
         return None
+    if isinstance(spec, str) and spec[0] in "{[":  # from the command line, where a field may hold a name or a dictionary
+        spec = ast.literal_eval(spec)
     if isinstance(spec, list | tuple):
         return weighted([(one_reward(part), float(weight)) for part, weight in spec])
     return one_reward(spec)
@@ -170,11 +196,19 @@ def batch_sizes(config: Any) -> tuple[int, int, int]:
 
 
 def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | None, shape: tuple[int, ...]) -> Source:
-    """The stream of batches of config.data that the algorithm needs; pictures must be of the model's shape."""
+    """The stream of batches of config.data that the algorithm needs; pictures must be of the model's shape.
+
+    data: prompts; or labels and its factory's arguments; or pairs and data_dir; drop, the share of empty prompts. latents, a
+    folder of `precompute`, stands in for labels and pairs.
+    """
     prompts, group, _ = batch_sizes(config)
     data = dict(config.get("data", {}))
     seed, shard = int(config.seed), (jax.process_index(), jax.process_count())
     per_process = prompts // jax.process_count()
+    latents = data.pop("latents", "")
+    if latents and needs != "prompts":
+        return latent_source(latents, batch=per_process * group, seed=seed, drop=float(data.get("drop", 0.0)), shard=shard,
+                             holds=("x0",) if needs == "labels" else ("winner", "loser"), shape=bundle.sample_shape)  # fmt: skip
     if needs == "prompts":
         texts = prompt_files.load(data.pop("prompts", "critters:train"))
         _no_more(data)
@@ -187,9 +221,10 @@ def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | N
         _check_pictures(images, shape, "data.labels")
         return label_source(images, captions, bundle.tokenize, batch=per_process * group, seed=seed,
                             drop=float(data.pop("drop", 0.0)), shard=shard)  # fmt: skip
-    pairs = _pairs(data, shape)
+    pairs, drop = _pairs(data, shape), float(data.pop("drop", 0.0))
     _no_more(data)
-    return pair_source(pairs, bundle.tokenize, (shape[0], shape[1]), batch=per_process * group, seed=seed, shard=shard)
+    return pair_source(pairs, bundle.tokenize, (shape[0], shape[1]), batch=per_process * group, seed=seed, drop=drop,
+                       shard=shard)  # fmt: skip
 
 
 def _pairs(data: dict[str, Any], shape: tuple[int, ...]) -> Any:
@@ -219,12 +254,21 @@ def _no_more(data: dict[str, Any]) -> None:
 def build_run(config: Any) -> Run:
     """Builds every part that the config names. Raises ValueError, before compiling, for whatever does not fit."""
     bundle, params = model(config)
-    reward_ = reward(config)
+    plan = planned(config, bundle, params, reward(config))
+    shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]
+    source = data_source(config, plan.parts.algorithm.needs.data, bundle, plan.parts.reward, shape)
+    return Run(plan.parts, params, plan.sampler, source, plan.learning_rate)
+
+
+def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | None) -> Plan:
+    """Everything but parameters and data; params may be shapes alone. Raises as `build_run` does."""
     sampler_, guidance = sampler(config, bundle)
     _, group, _ = batch_sizes(config)
     method = dict(config.method)
     entry = named(method.pop("name"), ALGORITHMS, "method")
     factory = entry.factory if hasattr(entry, "factory") else entry
+    if method.get("advantage") == "prompt" and not method.get("num_prompts"):
+        method["num_prompts"] = len(prompt_files.load(config.data.prompts))
     algorithm = call(factory, method, "method", sampler=sampler_, shape=bundle.sample_shape, group=group)
     if algorithm.needs.reward and reward_ is None:
         raise ValueError(f"method {config.method.name} needs a reward; set config.reward to one of {', '.join(REWARDS)}")
@@ -239,9 +283,7 @@ def build_run(config: Any) -> Run:
     partition = call(lora_partition, lora, "lora") if lora else full_partition(config.get("trainable", "unet"))
     trained = jax.eval_shape(lambda p: partition.init(jax.random.key(0), p)[0], params)
     trains_text = any(name.startswith("text") for name in trained)
-    parts = Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text)
-    shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]
-    return Run(parts, params, sampler_, data_source(config, algorithm.needs.data, bundle, reward_, shape), rate)
+    return Plan(Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text), sampler_, rate)
 
 
 def _needs_gradient(entry: Any) -> bool:

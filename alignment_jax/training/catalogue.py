@@ -27,8 +27,10 @@ def rewards() -> Rows:
 
 
 def models() -> Rows:
-    """Every model."""
-    return [_row(name, e.family, e.paper, e.summary) for name, e in MODELS.items()]
+    """Every model by name, and the families that are read from folders."""
+    folders = _row("FOLDER or owner/name", "latent UNet", "arXiv 2112.10752, 2307.01952",
+                   "Stable Diffusion 1.x, 2.x, XL, Turbo and LCM, as diffusers lays them out")  # fmt: skip
+    return [*(_row(name, e.family, e.paper, e.summary) for name, e in MODELS.items()), folders]
 
 
 def metrics() -> Rows:

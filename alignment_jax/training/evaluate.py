@@ -236,7 +236,7 @@ class Evaluator:
                                                   counted(base["right"])),
             real=self.judge.real.get("diversity"), costs=costs, trained=self._trained(trained),
             config_text=(workdir / "config.json").read_text(),
-            commands=self._commands(workdir),
+            commands=self._commands(workdir), rate=counted(base["right"]) is not None,
             notes=[f"The base is sampled at guidance {self.base_guidance:g}, the tuned model at {run.parts.guidance.scale:g}.",
                    *([note] if note else [])],
         )  # fmt: skip
@@ -256,5 +256,5 @@ class Evaluator:
         return {
             "sample": f'python -m alignment_jax sample --model {self.config.model} --run {place} --prompts "{prompt}" --out samples',
             "resume": f"python -m alignment_jax train --config={self.config.get('file', 'configs/critters.py')} --workdir={place}",
-            "export": f"python -m alignment_jax export --run {place} --out {self.config.model}_aligned.safetensors",
+            "export": f"python -m alignment_jax export --run {place} --out {Path(self.config.model).name}_aligned.safetensors",
         }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from .. import weights
@@ -90,9 +90,11 @@ def convert(source: str | Path, out: str | Path, like: str | Path | None = None,
         return write_folder(folder, tree, out, dtype)
     if out.suffix != ".safetensors":
         raise ValueError(f"a folder is converted into one file: --out must end in .safetensors; got {out}")
-    config = ml_collections.ConfigDict({"model": str(source), "weights": "shipped"})
-    _, params = build.model(config)
-    layout = "ldm_xl" if "text_encoder_2" in params else "ldm_2" if _open_clip_text(params["text_encoder"]) else "ldm"
+    folder = build.folder(str(source))
+    shapes = jax.eval_shape(stable_diffusion.stable_diffusion(folder).init, jax.random.key(0))
+    params = {name: files.load_component(folder / name, shape, stem=stable_diffusion.COMPONENTS[name], dtype=None)
+              for name, shape in shapes.items()}  # fmt: skip
+    layout = "ldm_xl" if "text_encoder_2" in params else "ldm_2" if _open_clip_text(folder) else "ldm"
     flat: dict[str, np.ndarray] = {}
     for tree in params.values():
         flat |= layouts.put(torch_names.export_torch(tree), layout)
@@ -103,6 +105,7 @@ def convert(source: str | Path, out: str | Path, like: str | Path | None = None,
     return out
 
 
-def _open_clip_text(text: Tree) -> bool:
-    """Stable Diffusion 2's text encoder is OpenCLIP's, 1024 wide or more; 1's is OpenAI's, 768."""
-    return bool(text["text_model"]["embeddings.token_embedding"]["embedding"].shape[-1] >= 1024)
+def _open_clip_text(folder: Path) -> bool:
+    """Stable Diffusion 2's text encoder is OpenCLIP's, which has gelu; 1's is OpenAI's, which has quick_gelu."""
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    return bool(config.get("hidden_act", "quick_gelu") == "gelu")

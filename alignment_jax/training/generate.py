@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from ..algorithms.base import fold
 from ..data import prompts as prompt_files
 from ..diffusion import guided, initial
 from ..diffusion import sample as sample_chain
+from ..models import lora
 from ..models.bundle import ModelBundle
 from ..rewards.check import to_uint8
+from ..weights.lora_files import read_lora
 from . import build
 from .state import Partition, full_partition, lora_partition
 
@@ -69,8 +72,8 @@ def load_run(workdir: str | Path, scale: float | None = None,
 
 def partition_of(config: Any) -> Partition:
     """What a config trains."""
-    lora = dict(config.get("lora") or {})
-    return build.call(lora_partition, lora, "lora") if lora else full_partition(config.get("trainable", "unet"))
+    settings = dict(config.get("lora") or {})
+    return build.call(lora_partition, settings, "lora") if settings else full_partition(config.get("trainable", "unet"))
 
 
 def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Array, settings: dict[str, Any],
@@ -97,10 +100,10 @@ def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Arra
 
 def generate(*, model: str, weights_file: str, run: str | None, scale: float | None, prompts: str, out: str, seed: int,
              samples: int, noise: str | None, save_arrays: bool, settings: dict[str, Any], negative: str = "",
-             options: dict[str, Any] | None = None, batch: int = BATCH) -> list[Path]:  # fmt: skip
+             options: dict[str, Any] | None = None, batch: int = BATCH, loras: Sequence[tuple[str, float]] = ()) -> list[Path]:  # fmt: skip
     """Writes 0000.png, ... and prompts.txt into `out`; returns the pictures' paths. See `sample --help`.
 
-    options: the model's, such as height, width and dtype.
+    options: the model's, such as height, width and dtype. loras: (file, scale) of what is merged into the model.
     """
     from PIL import Image
 
@@ -108,12 +111,16 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
         bundle, params, config = load_run(run, scale, options)
         settings = {**dict(config.get("sampling", {})), **settings}
     else:
-        bundle, params = build.model(ml_collections.ConfigDict({"model": model, "weights": weights_file, "seed": 0,
-                                                                "model_options": options or {}}))  # fmt: skip
+        bundle, _, read = build.described(ml_collections.ConfigDict({"model": model, "weights": weights_file, "seed": 0,
+                                                                     "model_options": options or {}}))  # fmt: skip
     is_file = Path(prompts).suffix in (".txt", ".jsonl", ".csv") or Path(prompts).is_file() or prompts.startswith("critters:")
     texts = [p for p in (prompt_files.load(prompts) if is_file else [prompts]) for _ in range(samples)]
     keys = jax.random.split(jax.random.key(seed), len(texts))
     x_T = _noise(noise, (len(texts), *bundle.sample_shape)) if noise else None
+    build.sampler(ml_collections.ConfigDict({"sampling": settings}), bundle)  # what is wrong is said before weights are read
+    params = params if run else read()
+    for path, share in loras:
+        params = with_lora(params, path, share)
     array = pictures(bundle, params, texts, keys, settings, x_T, negative, batch)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +131,12 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
     if save_arrays:
         np.save(folder / "images.npy", array.astype(np.float32))
     return files
+
+
+def with_lora(params: Tree, path: str | Path, scale: float = 1.0) -> Tree:
+    """Parameters W + scale W' of a LoRA file by diffusers, PEFT or kohya's tools. Errors are those of `read_lora`."""
+    factors, own = read_lora(Path(path).expanduser(), params, prefix={name: name for name in params if name != "vae"})
+    return lora.merge(params, factors, scale * own)
 
 
 def _noise(path: str, shape: tuple[int, ...]) -> jax.Array:

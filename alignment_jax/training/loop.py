@@ -59,9 +59,15 @@ def set_up(config: Any) -> tuple[Session, TrainState]:
 
 
 def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
-    """A host batch as the algorithm sees it: condition encoded, pictures as samples, cut over the devices."""
+    """A host batch as the algorithm sees it: condition encoded, pictures as samples, cut over the devices.
+
+    What was precomputed, "cond" and samples, stays as it is.
+    """
     data = sharding.shard(session.mesh, {k: v for k, v in batch.items() if k != "prompts"})
-    out = {"cond": session.programs.encode(session.frozen, data.pop("tokens")), "condition": data.pop("condition", {})}
+    if "cond" in data and session.run.parts.trains_text:
+        raise ValueError("precomputed text states do not change with the text encoder, which this run trains; leave data.latents empty")
+    cond = data.pop("cond") if "cond" in data else session.programs.encode(session.frozen, data.pop("tokens"))
+    out = {"cond": cond, "condition": data.pop("condition", {})}
     for name, sample_name in (("images", "x0"), ("winner", "winner"), ("loser", "loser")):
         if name in data:
             pictures = data.pop(name)

@@ -19,7 +19,8 @@ def optimizer(*, steps: int, name: str = "adamw", learning_rate: float, schedule
     factories: dict[str, Any] = {
         "adamw": lambda lr: optax.adamw(lr, b1, b2, weight_decay=weight_decay),
         "adam": lambda lr: optax.adam(lr, b1, b2),
-        "adafactor": lambda lr: optax.adafactor(lr),
+        # the rate is the step's size, as in transformers' Adafactor(scale_parameter=False, relative_step=False)
+        "adafactor": lambda lr: optax.adafactor(lr, multiply_by_parameter_scale=False),
         "sgd": lambda lr: optax.sgd(lr),
     }
     for kind, value, table in (("schedule", schedule, schedules), ("optimizer", name, factories)):

@@ -68,13 +68,20 @@ def precompute(bundle: ModelBundle, params: Tree, read: Callable[[np.ndarray], B
             unfinished.rename(parts[number])
 
 
-def latent_source(folder: str | Path, *, batch: int, seed: int, drop: float = 0.0, shard: tuple[int, int] = (0, 1)) -> Source:
+def latent_source(folder: str | Path, *, batch: int, seed: int, drop: float = 0.0, shard: tuple[int, int] = (0, 1),
+                  holds: tuple[str, ...] = (), shape: tuple[int, ...] = ()) -> Source:  # fmt: skip
     """Batches of what `precompute` wrote: "x0" (or "winner" and "loser") float32, drawn from N(mean, exp(logvar)), "cond",
-    "prompt_id" and what was kept; a share `drop` of the conditions is the empty prompt's. Raises where parts are missing."""
+    "prompt_id" and what was kept; a share `drop` of the conditions is the empty prompt's. Raises where parts are missing,
+    and where the folder does not hold the samples named in `holds`, of this shape."""
     root = Path(folder).expanduser()
     if not (root / "about.json").is_file():
         raise FileNotFoundError(f"no precomputed latents at {root}; training.precompute.precompute writes them")
     about = json.loads((root / "about.json").read_text())
+    for name in holds:
+        found = tuple(about["shapes"].get(f"{name}/mean", ()))
+        if found != tuple(shape):
+            raise ValueError(f"{root}, latents of {about['model']}: {name} is {list(found) if found else 'not there'}; wanted "
+                             f"{list(shape)}. It was written for another model or another kind of data")  # fmt: skip
     parts = _parts(root, about["n"], about["part"])
     if absent := [p.name for p in parts if not p.exists()]:
         raise ValueError(f"{root} lacks {len(absent)} of {len(parts)} parts, first {absent[0]}; run precompute again")

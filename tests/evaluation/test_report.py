@@ -1,5 +1,6 @@
 """The report is one file that says all it should, whatever could be measured."""
 
+import base64
 import io
 import json
 import re
@@ -56,7 +57,7 @@ def run() -> dict:
 
 def words(text: str) -> str:
     """The page without its pictures, whose base64 may spell anything."""
-    return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    return re.sub(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/=]+", "", text)
 
 
 class Page(HTMLParser):
@@ -100,8 +101,6 @@ def test_report_holds_the_numbers_the_costs_and_the_commands(run: dict, tmp_path
 
 
 def test_pictures_are_the_given_ones_with_golds_verdict(run: dict, tmp_path: Path) -> None:
-    import base64
-
     text = write_report(tmp_path, **run).read_text(encoding="utf-8")
     shots = re.findall(r'<img class="shot ([a-z]*)" src="data:image/png;base64,([^"]+)"', text)
     assert len(shots) == 2 * P + 2 * 3 * G
@@ -139,6 +138,25 @@ def test_a_smoke_run_that_measured_next_to_nothing_still_has_a_report(run: dict,
                         right={"base": [[True]], "aligned": [[True]]}).read_text(encoding="utf-8")  # fmt: skip
     assert "did not change beyond the noise" in text and "was not measured" in text and "nan" not in words(text)
     assert [i for i in Page(text).ids if i in SECTIONS] == SECTIONS
+
+
+def test_a_score_as_gold_is_no_rate_and_large_pictures_are_shrunk(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.random((4, 2, 288, 272, 3), np.float32)
+    models = {name: measurement(right=rng.random((4, 2)), attributes={}, proxy=rng.random((4, 2)), images=images)
+              for name in ("base", "aligned")}  # fmt: skip
+    s = summary(config="c", method="m", seed=0, wall_seconds={"train": 1, "evaluate": 1, "total": 2}, kl=1.0, trained_parameters=1,
+                best_of_n=models["base"], alarm={"fired": False, "reason": "Silent."}, **models)  # fmt: skip
+    point = {"lambda": 0.5, "kl": 1.0, **{k: models["aligned"][k] for k in ("gold", "proxy", "diversity")}}
+    text = write_report(tmp_path, summary=s, history=[], prompts=["a"] * 4, images={"base": images, "aligned": images}, rate=False,
+                        right=dict.fromkeys(("base", "aligned"), np.ones((4, 2), bool)), blend=[point], pairs=2,
+                        groups=1).read_text(encoding="utf-8")  # fmt: skip
+    said = words(text)
+    assert "Pixel distance within a prompt" in said and "nan" not in said
+    assert not re.search("all right|right samples|Real renders|finds all", said)
+    shots = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
+    assert len(shots) == 2 * 2 + 2 * 2 and Image.open(io.BytesIO(base64.b64decode(shots[0]))).size == (242, 256)
+    assert figures.frame(images[0], None, 96, 4).shape == (2, 104, 99, 3)
 
 
 def test_pictures_that_do_not_belong_together_are_refused(run: dict, tmp_path: Path) -> None:

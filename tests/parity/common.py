@@ -80,3 +80,15 @@ PIPELINE_CASES: dict[str, dict[str, Any]] = {
 def pipeline_latents(case: dict[str, Any]) -> np.ndarray:
     """Unit noise [N,4,h,w] for a case."""
     return np.random.default_rng(5).standard_normal((2, 4, case["height"] // 2, case["width"] // 2)).astype(np.float32)
+
+
+ATTENTION = r"(to_q|to_k|to_v|to_out\.0|q_proj|k_proj|v_proj|out_proj)/kernel$"
+# runs whose LoRA leaves as files: the family, and what is tuned
+EXPORT_CASES: dict[str, dict[str, Any]] = {
+    "sd15": {**_pipeline("sd15"), "targets": "draft"},
+    "sd15_text": {**_pipeline("sd15"), "targets": rf"^(unet|text_encoder)/.*{ATTENTION}"},
+    "sdxl": {**_pipeline("sdxl"), "targets": "unet"},
+    "sdxl_text": {**_pipeline("sdxl"), "targets": rf"^(unet|text_encoder|text_encoder_2)/.*{ATTENTION}"},
+}
+EXPORT_FORMATS = ("peft", "kohya", "diffusers")
+SINGLE_FILES = ("sd15", "sd21", "sdxl")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-sys.modules["torchvision"] = None  # not needed, and of another build in some environments
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import PIPELINE_CASES, pipeline_latents
+
+sys.modules["torchvision"] = None  # not needed, and of another build in some environments
 
 
 def pictures(folder: Path, case: dict) -> np.ndarray:
@@ -22,8 +23,10 @@ def pictures(folder: Path, case: dict) -> np.ndarray:
     pipe = kind.from_pretrained(folder / case["kind"], **keywords)
     pipe.set_progress_bar_config(disable=True)
     if case["scheduler"]:
-        name, more = {"dpmsolver++": ("DPMSolverMultistepScheduler", {}), "euler": ("EulerDiscreteScheduler", {}),
-                      "ddim_trailing": ("DDIMScheduler", {"timestep_spacing": "trailing", "steps_offset": 0})}[case["scheduler"]]  # fmt: skip
+        name, more = {"dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+                      "euler": ("EulerDiscreteScheduler", {}),
+                      "ddim_trailing": ("DDIMScheduler", {"timestep_spacing": "trailing",
+                                                          "steps_offset": 0})}[case["scheduler"]]  # fmt: skip
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **more)
     latents = torch.from_numpy(pipeline_latents(case))
     prompts, height, width = case["prompts"], case["height"], case["width"]

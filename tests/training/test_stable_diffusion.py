@@ -1,0 +1,144 @@
+"""Every method trains a Stable Diffusion of toy size: steps through the loop, and whole runs from the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import tiny_sd
+from PIL import Image
+
+from alignment_jax import weights
+from alignment_jax.algorithms import ALGORITHMS
+from alignment_jax.evaluation.metrics import describe
+from alignment_jax.training import loop
+from alignment_jax.training.export import export
+
+ROOT = Path(__file__).parents[2]
+CAPTIONS = ["a red house", "a cat on the moon", "the sea", "a blue house"]
+METHODS = {
+    "sft": {}, "raft": {}, "ddpo": {"clip_range": 0.1}, "diffusion_nft": {}, "guidance_distillation": {}, "diffusion_dpo": {"beta": 100.0},
+    "refl": {"window": 0.7}, "draft": {"k": 1}, "alignprop": {"mean_k": 1.0, "std_k": 0.5},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What compiles here runs a few times only; subprocesses inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with sd15/, sdxl/, labels/, pairs.npz and prompts.txt."""
+    root = tmp_path_factory.mktemp("world")
+    for kind in ("sd15", "sdxl"):
+        tiny_sd.write(kind, root / kind)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, len(CAPTIONS), 16, 16, 3), np.uint8)
+    (root / "labels").mkdir()
+    for i, image in enumerate(images[0]):
+        Image.fromarray(image).save(root / "labels" / f"{i}.png")
+    rows = [json.dumps({"file": f"{i}.png", "prompt": caption}) for i, caption in enumerate(CAPTIONS)]
+    (root / "labels" / "captions.jsonl").write_text("\n".join(rows))
+    np.savez(root / "pairs.npz", winner=images[0], loser=images[1], prompts=np.array(CAPTIONS))
+    (root / "prompts.txt").write_text("\n".join(CAPTIONS))
+    return root
+
+
+def settings(world, kind, name, lora):
+    """A config, as a dictionary, of three steps on two pictures a step."""
+    data = {"sft": {"labels": "folder", "path": str(world / "labels"), "drop": 0.25},
+            "guidance_distillation": {"labels": "folder", "path": str(world / "labels")},
+            "diffusion_dpo": {"pairs": str(world / "pairs.npz")}}.get(name, {"prompts": str(world / "prompts.txt")})  # fmt: skip
+    reward = {"value": "jpeg_compressibility", "gradient": "own_reward:warmth", None: ""}[ALGORITHMS[name].reward]
+    return {
+        "seed": 0, "steps": 3, "checkpoint_every": 0, "evaluate_every": 0, "evaluation": None, "model": str(world / kind),
+        "weights": "shipped", "reward": reward, "method": {"name": name, **METHODS[name]}, "optimizer": {"learning_rate": 1e-3},
+        "batch": {"prompts": 1, "group": 2}, "data": data,
+        "sampling": {"num_steps": 2, "eta": 1.0, "guidance_scale": 3.0, "scheduler": "ddim"},
+        "lora": {"rank": 2, "targets": "ddpo-pytorch"} if lora else {},
+    }  # fmt: skip
+
+
+def leaves(tree):
+    return [np.array(x) for x in jax.tree.leaves(tree)]
+
+
+def trains(world, kind, name, lora):
+    """Three steps: finite losses, every trained array moves, no other does."""
+    assert set(METHODS) == set(ALGORITHMS)
+    session, state = loop.set_up(ml_collections.ConfigDict(settings(world, kind, name, lora)))
+    before, frozen = leaves(state.trained), leaves(session.frozen["params"])
+    sizes = sum(x.size for x in before)
+    assert sizes < 0.1 * sum(x.size for x in jax.tree.leaves(session.run.params["unet"])) if lora else set(state.trained) == {"unet"}
+    for _ in range(3):
+        state, metrics = loop.one_step(session, state, next(session.run.source))
+        assert np.isfinite(float(metrics["loss"])), metrics
+        assert float(metrics["grad_norm"]) > 0 or name in ("raft", "ddpo", "diffusion_nft"), metrics
+    moved = [bool(np.any(a != b)) for a, b in zip(before, leaves(state.trained), strict=True)]
+    assert all(moved), (name, sum(moved), len(moved))
+    assert all(np.array_equal(a, b) for a, b in zip(frozen, leaves(session.frozen["params"]), strict=True))
+    if name == "ddpo":
+        assert float(metrics["ratio/deviation_max"]) == 0.0
+    if ALGORITHMS[name].reward == "value":
+        assert -100.0 < float(metrics["reward/mean"]) < 0.0
+
+
+@pytest.mark.parametrize("kind, name, lora", [("sd15", "ddpo", True), ("sdxl", "diffusion_dpo", False)])
+def test_methods_train_a_lora_or_the_whole_network(kind, name, lora, world):
+    trains(world, kind, name, lora)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, lora", [("sd15", True), ("sd15", False), ("sdxl", True), ("sdxl", False)])
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_method_trains_every_kind(kind, name, lora, world):
+    trains(world, kind, name, lora)
+
+
+def cli(world, *arguments):
+    """A command's standard output; both tests' programs share a cache."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "JAX_COMPILATION_CACHE_DIR": str(world / "cache")}
+    done = subprocess.run([sys.executable, "-m", "alignment_jax", *map(str, arguments)], capture_output=True, text=True,
+                          cwd=ROOT, env=env)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def config_file(path, config):
+    """A user's own config file."""
+    path.write_text(f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({config!r})\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ["sft", "draft"])
+def test_a_run_from_the_command_line_is_sampled_and_exported(name, world, tmp_path):
+    """Both forms of data, pictures with captions and prompts, and both ways of training."""
+    lora = name == "draft"
+    file = config_file(tmp_path / "mine.py", settings(world, "sd15", name, lora) | {"optimizer": {"learning_rate": 0.05}})
+    said = cli(world, "train", f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.steps=2")
+    assert f"method          {name}, 2 steps" in said and ("(LoRA)" in said) == lora
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2] and all(np.isfinite(row["loss"]) for row in log)
+    assert all(describe(key) for row in log for key in row)
+    assert sum(x.size for x in jax.tree.leaves(weights.load(tmp_path / "run" / "trained.safetensors"))) > 1000
+    if not lora:
+        return
+    cli(world, "sample", f"--run={tmp_path / 'run'}", f"--prompts={world / 'prompts.txt'}", f"--out={tmp_path / 'o'}", "--save_arrays")
+    tuned = np.load(tmp_path / "o" / "images.npy")
+    assert tuned.shape == (len(CAPTIONS), 16, 16, 3) and (tmp_path / "o" / "0003.png").exists()
+    export(tmp_path / "run", tmp_path / "lora", "kohya")
+    cli(world, "sample", f"--model={world / 'sd15'}", f"--prompts={world / 'prompts.txt'}", f"--out={tmp_path / 'p'}", "--save_arrays",
+        f"--lora={tmp_path / 'lora' / 'pytorch_lora_weights.safetensors'}", "--num_steps=2", "--eta=1", "--guidance_scale=3",
+        "--scheduler=ddim")  # fmt: skip
+    np.testing.assert_allclose(np.load(tmp_path / "p" / "images.npy"), tuned, atol=1e-4)
