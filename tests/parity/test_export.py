@@ -75,7 +75,7 @@ def draw(case, out, **source):
     given = {"model": "", "weights_file": "shipped", "run": None, "scale": None, **source}
     settings = {k: case[k] for k in ("num_steps", "guidance_scale")}
     generate(**given, prompts=str(out / "prompts.txt"), out=str(out), seed=0, samples=1, noise=str(out / "latents.npy"),
-             save_arrays=True, settings=settings)  # fmt: skip
+             save_arrays=True, settings=settings, options={k: case[k] for k in ("height", "width")})  # fmt: skip
     return np.load(out / "images.npy")
 
 
