@@ -14,8 +14,9 @@ On 128 further held-out prompts that had part in no choice: base .541, seeds 0 /
 On the report's prompts anchor 10, 180 steps, all of the change kept: .86 / .83 at .96 / .93 (seeds 0 / 1).
 Guidance 1.5 on the tuned model buys gold at a worse price in diversity than more of the change does.
 What the other configs do stands in tests/curves and in the README's table. Those that see the reward's gradient beat the guided
-base in minutes (AlignProp, in 100 steps, not surely). Those that see scores, pairs or pictures alone do not, in some ten thousand pictures: where papers report them
-they see hundreds of thousands. DDPO must be held against .745, its base with the noise that it needs. jpeg is a hack by design.
+base in minutes (AlignProp, in 100 steps, not surely). Those that see scores, pairs or pictures alone do not, in some ten
+thousand pictures: where papers report them they see hundreds of thousands. DDPO must be held against .745, its base with the
+noise that it needs. jpeg is a hack by design.
 """
 
 from ml_collections import ConfigDict
