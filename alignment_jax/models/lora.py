@@ -56,7 +56,8 @@ def init(key: Array, params: Any, *, rank: int, targets: str = ".*") -> Any:
 def merge(params: Any, factors: Any, scale: Array | float = 1.0) -> Any:
     """Parameters with W + scale a b in place of every adapted kernel W; scale 0 is the base, bitwise."""
     flat, low_rank = flatten_dict(params, sep="/"), flatten_dict(factors, sep="/")
-    for path in {k.rsplit("/", 1)[0] for k in low_rank}:
+    # sorted: a set of words has another order in every process, and a program in another order is compiled anew
+    for path in sorted({k.rsplit("/", 1)[0] for k in low_rank}):
         kernel = flat[path]
         delta = (low_rank[f"{path}/a"] @ low_rank[f"{path}/b"]).reshape(kernel.shape)
         flat[path] = kernel + (scale * delta).astype(kernel.dtype)

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from alignment_jax.diffusion import normal
 from alignment_jax.models import critters
@@ -38,8 +39,8 @@ def seconds(program, repeats: int = 5) -> float:
 
 def draft_20(batch: int = 16) -> None:
     """All of a DRaFT-20 step (rollout, reward, gradient, optimiser) against 20 forward and backward passes of the UNet."""
-    config = tiny_config(method={"name": "draft", "k": 20}, sampling={"num_steps": 20}, batch={"prompts": batch, "group": 1},
-                         lora={"rank": 16, "targets": "unet"})  # fmt: skip
+    config = tiny_config(sampling={"num_steps": 20, "eta": 0.0}, batch={"prompts": batch}, lora={"rank": 16})
+    config.method = ConfigDict({"name": "draft", "k": 20})
     session, state = loop.set_up(config)
     batches = [next(session.run.source) for _ in range(4)]
     holder = [state]
