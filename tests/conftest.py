@@ -4,6 +4,17 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def parity_python() -> str:
+    """The interpreter that has torch, diffusers, transformers and open_clip, for the tests marked parity."""
+    python = os.environ.get("ALIGNMENT_JAX_PARITY_PYTHON")
+    if not python:
+        pytest.skip("ALIGNMENT_JAX_PARITY_PYTHON names no interpreter with torch and diffusers")
+    return python

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,10 +145,8 @@ def test_unsupported_configs_are_named(factory, config, words):
 
 
 @pytest.mark.parity
-@pytest.mark.skipif("ALIGNMENT_JAX_PARITY_PYTHON" not in os.environ, reason="needs ALIGNMENT_JAX_PARITY_PYTHON")
-def test_fixtures_are_what_diffusers_computes_today(tmp_path):
-    python = os.environ["ALIGNMENT_JAX_PARITY_PYTHON"]
-    subprocess.run([python, HERE / "references" / "autoencoder.py", tmp_path], check=True, stderr=sys.stderr)
+def test_fixtures_are_what_diffusers_computes_today(parity_python, tmp_path):
+    subprocess.run([parity_python, HERE / "references" / "autoencoder.py", tmp_path], check=True, stderr=sys.stderr)
     for name in CASES:
         with np.load(tmp_path / f"autoencoder_{name}.npz") as new, np.load(FIXTURES / f"autoencoder_{name}.npz") as old:
             assert set(new) == set(old)

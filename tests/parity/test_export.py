@@ -4,7 +4,6 @@ python tests/parity/test_export.py DIR writes what references/export.py reads.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,11 +135,8 @@ def test_single_files_draw_the_same_in_diffusers(kind, root, tmp_path):
 
 
 @pytest.mark.parity
-def test_the_fixture_is_what_diffusers_gives(root, tmp_path):
-    python = os.environ.get("ALIGNMENT_JAX_PARITY_PYTHON")
-    if not python:
-        pytest.skip("ALIGNMENT_JAX_PARITY_PYTHON names no interpreter with torch and diffusers")
-    subprocess.run([python, REFERENCE, tmp_path, root / "folders", root / "exports"], check=True)
+def test_the_fixture_is_what_diffusers_gives(parity_python, root, tmp_path):
+    subprocess.run([parity_python, REFERENCE, tmp_path, root / "folders", root / "exports"], check=True)
     fresh, stored = np.load(tmp_path / "export.npz"), np.load(FIXTURES / "export.npz")
     assert set(fresh.files) == set(stored.files)
     for name in set(stored.files) - {"versions"}:

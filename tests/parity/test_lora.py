@@ -6,7 +6,6 @@ python tests/parity/test_lora.py FILES_DIR writes the files that references/lora
 import gzip
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -206,11 +205,10 @@ def test_diffusers_and_transformers_read_the_folders_that_we_save():
 
 
 @pytest.mark.parity
-@pytest.mark.skipif("ALIGNMENT_JAX_PARITY_PYTHON" not in os.environ, reason="set ALIGNMENT_JAX_PARITY_PYTHON")
-def test_fixtures_are_what_the_reference_gives(tmp_path):
+def test_fixtures_are_what_the_reference_gives(parity_python, tmp_path):
     write_files(tmp_path / "files")
-    python, saved = os.environ["ALIGNMENT_JAX_PARITY_PYTHON"], tmp_path / "saved"
-    subprocess.run([python, SCRIPT, tmp_path, tmp_path / "files", saved], check=True)
+    saved = tmp_path / "saved"
+    subprocess.run([parity_python, SCRIPT, tmp_path, tmp_path / "files", saved], check=True)
     names = sorted(p.name for p in FIXTURES.glob("lora_*.npz"))
     assert names == sorted(p.name for p in tmp_path.glob("lora_*.npz"))
     for name in names:

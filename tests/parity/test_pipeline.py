@@ -1,6 +1,5 @@
 """Whole pipelines against diffusers: the same folder, prompts and latents give the same pictures."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,11 +47,8 @@ def test_pictures_are_those_of_diffusers(name, folders, tmp_path):
 
 
 @pytest.mark.parity
-def test_the_fixture_is_what_diffusers_gives(folders, tmp_path):
-    python = os.environ.get("ALIGNMENT_JAX_PARITY_PYTHON")
-    if not python:
-        pytest.skip("ALIGNMENT_JAX_PARITY_PYTHON names no interpreter with torch and diffusers")
-    subprocess.run([python, REFERENCE, tmp_path, folders], check=True)
+def test_the_fixture_is_what_diffusers_gives(parity_python, folders, tmp_path):
+    subprocess.run([parity_python, REFERENCE, tmp_path, folders], check=True)
     fresh, stored = np.load(tmp_path / "pipeline.npz"), np.load(FIXTURES / "pipeline.npz")
     for name in PIPELINE_CASES:
         np.testing.assert_allclose(fresh[name], stored[name], atol=1e-4)

@@ -1,6 +1,5 @@
 """Our sampler against diffusers' schedulers: the same noise, the same states, over whole trajectories."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,11 +38,8 @@ def test_states_are_those_of_diffusers(name):
 
 
 @pytest.mark.parity
-def test_the_fixture_is_what_diffusers_gives(tmp_path):
-    python = os.environ.get("ALIGNMENT_JAX_PARITY_PYTHON")
-    if not python:
-        pytest.skip("ALIGNMENT_JAX_PARITY_PYTHON names no interpreter with torch and diffusers")
-    subprocess.run([python, REFERENCE, tmp_path], check=True)
+def test_the_fixture_is_what_diffusers_gives(parity_python, tmp_path):
+    subprocess.run([parity_python, REFERENCE, tmp_path], check=True)
     fresh, stored = np.load(tmp_path / "schedulers.npz"), np.load(FIXTURES / "schedulers.npz")
     for name in SCHEDULER_CASES:
         np.testing.assert_allclose(fresh[name], stored[name], rtol=1e-5, atol=1e-5)
