@@ -99,7 +99,7 @@ def mixture_run(name: str, *, lora: bool = False, learning_rate: float | None = 
     params = bundle.init(jax.random.key(0))
     trained, frozen_params = partition.init(jax.random.key(1), params)
     frozen = {"params": frozen_params, "reward": None, "null": {"label": jnp.zeros((1, 2))}}
-    return parts, programs, programs.init(jax.random.key(2), trained), frozen, sampler
+    return parts, programs, programs.init(jax.random.key(2), trained, frozen["null"]), frozen, sampler
 
 
 def mixture_data(needs: str, key: jax.Array, n: int = 64) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def one_step(parts, programs, state, frozen, data, number: int, size: int = 64, 
     state = state._replace(extra=extra)
     n_items = steps.leading(items)
     item_keys = jax.random.split(keys[2], n_items)
-    items = steps.mapped(lambda k, t: programs.anchor(state, frozen, k, t), n_items, size, item_keys, items)
-    state, metrics = steps.update(programs, state, frozen, item_keys, items, size, first_update)
+    items = steps.anchored(programs, state, frozen, item_keys, items, rolled["cond"], size)
+    state, metrics = steps.update(programs, state, frozen, item_keys, items, rolled["cond"], size, first_update)
     return state, {**info, **metrics}
 
 
@@ -149,7 +149,7 @@ def mean_reward(parts, trained, frozen, sampler, n: int = 512) -> float:
     from alignment_jax.diffusion import normal, sample
 
     keys = jax.random.split(jax.random.key(99), n)
-    denoise = partial(parts.bundle.denoise, parts.partition.combine(trained, frozen["params"]))
+    denoise = partial(parts.bundle.denoise, parts.partition.merge(trained, frozen["params"]))
     x_T = normal(jax.vmap(lambda k: jax.random.fold_in(k, 5))(keys), (n, 2))
     x0 = jax.jit(lambda k, x: sample(k, denoise, {"label": jnp.ones((n, 2))}, sampler, x)[0])(keys, x_T)
     return float(near(None, x0, None).mean())

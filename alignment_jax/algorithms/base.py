@@ -14,29 +14,47 @@ Networks = Mapping[str, Callable[..., Array]]
 Info = dict[str, Array]
 
 
+class Own(NamedTuple):
+    """A network of the algorithm's own, trained beside the policy: a critic, a surrogate of the reward.
+
+    init: init(key, cond) -> params, with cond of one sample. apply: apply(params, ...), found as networks[name](...).
+    learning_rate: of its Adam.
+    """
+
+    init: Callable[[Array, Tree], Tree]
+    apply: Callable[..., Array]
+    learning_rate: float = 1e-4
+
+
 class Needs(NamedTuple):
     """What the loop must provide.
 
     data: "prompts" {"cond", "prompt_id", "condition"}, "labels" (also "x0"), "pairs" (also "winner" and "loser").
-    reward: None, "value" (scores [B] of the rollout) or "gradient" (networks["reward"](keys, x0, condition) -> [B]).
+    reward: None; "value": scores [B] of the rollout; "gradient": networks["reward"](keys, x0, condition) -> [B], to be
+      differentiated; "step": networks["reward"](x, x0, t, cond, condition) -> [B], the value of a state inside the rollout,
+      for rewards on the device.
     copies: other networks by name and how each follows the policy: "frozen", ("ema", decay), ("every", steps).
       Always there: "policy", with the sampler's guidance, and "unguided", the policy without it.
     guidance: guidance scales by network name where they are not the sampler's.
+    own: networks of the algorithm's own by name.
     """
 
     data: str = "prompts"
     reward: str | None = None
     copies: Mapping[str, Any] = {}
     guidance: Mapping[str, float] = {}
+    own: Mapping[str, Own] = {}
 
 
 class Algorithm(NamedTuple):
     """A method. Every leading axis is B samples, or N items; keys [B] are one a sample, so batches can be cut freely.
 
     init: init(key) -> extra: what the method remembers between steps, one tree.
-    rollout: rollout(keys [B], networks, data) -> rollout, a dict with at least "x0" [B,...] where rewards are wanted.
+    rollout: rollout(keys [B], extra, networks, data) -> rollout, a dict with at least "cond", and "x0" [B,...] where rewards
+      are wanted.
     prepare: prepare(key, extra, rollout, rewards [B] or None) -> (items, extra, info): light, global, no network; items
-      is a dict of arrays [N, ...].
+      is a dict of arrays [N, ...]. With "row" [N], the sample of the rollout that an item belongs to, anchor and loss find
+      that sample's items["cond"], which is never stored once an item.
     anchor: anchor(keys [N], networks, items) -> items with what is fixed at the starting parameters.
     loss: loss(keys [N], networks, items) -> (losses [N], info of [N]); the loop takes their mean over all items.
       anchor and loss get the same keys; items["first"] [N] is true while the parameters are still the anchor's.
@@ -46,7 +64,7 @@ class Algorithm(NamedTuple):
     needs: Needs
     loss: Callable[[Array, Networks, Tree], tuple[Array, Info]]
     init: Callable[[Array], Tree] = lambda key: {}
-    rollout: Callable[[Array, Networks, Tree], Tree] = lambda keys, networks, data: data
+    rollout: Callable[[Array, Tree, Networks, Tree], Tree] = lambda keys, extra, networks, data: data
     prepare: Callable[[Array, Tree, Tree, Any], tuple[Tree, Tree, Info]] = (
         lambda key, extra, rollout, rewards: (rollout, extra, {})
     )

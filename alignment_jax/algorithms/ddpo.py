@@ -34,7 +34,7 @@ def ddpo(sampler: Sampler, shape: tuple[int, ...], *, group: int = 1, clip_range
     kept = max(1, round(timestep_fraction * len(steps)))
     rule, memory = advantages.rule(advantage, group, num_prompts, buffer, min_count)
 
-    def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
+    def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
         x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
         x0, trajectory = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True)
         return {**data, "x0": x0, "x": trajectory.x.swapaxes(0, 1)}
@@ -45,8 +45,7 @@ def ddpo(sampler: Sampler, shape: tuple[int, ...], *, group: int = 1, clip_range
         order = jax.vmap(lambda k: jax.random.permutation(k, jnp.asarray(steps))[:kept])(jax.random.split(key, b))
         row, i = jnp.repeat(jnp.arange(b), kept), order.reshape(-1)
         items = {"x": rollout["x"][row, i], "x_prev": rollout["x"][row, i + 1], "i": i,
-                 "advantage": jnp.clip(a, -adv_clip, adv_clip)[row],
-                 "cond": jax.tree.map(lambda c: c[row], rollout["cond"])}  # fmt: skip
+                 "advantage": jnp.clip(a, -adv_clip, adv_clip)[row], "row": row}  # fmt: skip
         return items, extra, {"advantage/std": a.std()}
 
     def mean(network: str, networks: Networks, items: Tree) -> tuple[Array, Array]:

@@ -34,7 +34,7 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
         raise ValueError("adjoint=True is the plain DRaFT-K gradient: use lv=1 and anchor_weight=0")
     start = steps - k
 
-    def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
+    def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
         x = initial(fold(keys, 0), sampler, (len(keys), *shape))
         if start or lv > 1:  # up to x_K; for LV to the end, which is then re-noised
             x, _ = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x, stop=steps if lv > 1 else start)
@@ -92,7 +92,7 @@ def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, 
     """
     steps = sampler.num_steps
 
-    def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
+    def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
         return {"x": initial(fold(keys, 0), sampler, (len(keys), *shape)), "cond": data["cond"], "condition": data["condition"]}
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:

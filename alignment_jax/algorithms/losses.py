@@ -66,7 +66,19 @@ def hinge(u: Array) -> Array:
     return jax.nn.relu(1 - u)
 
 
-LINKS: dict[str, Callable[..., Array]] = {"logistic": logistic, "ipo": ipo, "hinge": hinge}
+def rdpo(u: Array, label_smoothing: float = 0.1) -> Array:
+    """[(1 - e) l(u) - e l(-u)] / (1 - 2e) [N], l = -log sigma: over labels of which e are flipped, the mean is the clean l(u)
+    (arXiv 2403.00409). Unbounded below, with slope -e / (1 - 2e): stop early."""
+    return ((1 - label_smoothing) * jax.nn.softplus(-u) - label_smoothing * jax.nn.softplus(u)) / (1 - 2 * label_smoothing)
+
+
+def dmpo(u: Array, label_smoothing: float = 0.01) -> Array:
+    """KL(Bernoulli(sigma(u)) | Bernoulli(1 - e)) [N]: cDPO's minimum, approached from the other side (arXiv 2507.07510)."""
+    won = jax.nn.log_sigmoid(u) - jnp.log1p(-label_smoothing)
+    return jax.nn.sigmoid(u) * won + jax.nn.sigmoid(-u) * (jax.nn.log_sigmoid(-u) - jnp.log(label_smoothing))
+
+
+LINKS: dict[str, Callable[..., Array]] = {"logistic": logistic, "rdpo": rdpo, "ipo": ipo, "hinge": hinge, "dmpo": dmpo}
 
 
 def chained(denoise: Denoise, cond: Any, sampler: Sampler, x: Array, noises: Array, start: int, *,

@@ -28,7 +28,7 @@ def diffusion_nft(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, b
     """
     rule, memory = advantages.rule(advantage, group, 0, 0, 0)
 
-    def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
+    def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
         x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
         x0, _ = sample(fold(keys, 1), networks["old"], data["cond"], sampler, x_T)
         return {**data, "x0": x0}
@@ -36,7 +36,7 @@ def diffusion_nft(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, b
     def prepare(key: Array, extra: Tree, rollout: Tree, rewards: Array) -> tuple[Tree, Tree, Info]:
         a, extra = rule(rewards, rollout.get("prompt_id"), extra)
         r = jnp.clip(a / adv_clip, -1, 1) / 2 + 0.5
-        items = {"x0": rollout["x0"], "cond": rollout["cond"], "r": r}
+        items = {"x0": rollout["x0"], "row": jnp.arange(len(r)), "r": r}
         return jax.tree.map(lambda x: jnp.repeat(x, draws, 0), items), extra, {"advantage/std": a.std()}
 
     def clean(name: str, keys: Array, networks: Networks, items: Tree) -> Array:

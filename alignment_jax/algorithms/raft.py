@@ -23,7 +23,7 @@ def raft(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, top: int =
     if not 1 <= top < group:
         raise ValueError(f"RAFT keeps the best `top` of each group: 1 <= top < batch.group; got top={top}, group={group}")
 
-    def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
+    def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
         x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
         x0, _ = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T)
         return {**data, "x0": x0}
@@ -33,8 +33,8 @@ def raft(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, top: int =
         best = jnp.argsort(jnp.where(jnp.isnan(r), jnp.inf, -r), axis=1)[:, :top]
         rows = (best + group * jnp.arange(len(r))[:, None]).reshape(-1)
         weight = jnp.isfinite(r.reshape(-1)[rows]).astype(jnp.float32)  # a prompt without a scored sample teaches nothing
-        items = jax.tree.map(lambda x: jnp.repeat(x[rows], draws, 0), {"x0": rollout["x0"], "cond": rollout["cond"]})
-        return {**items, "weight": jnp.repeat(weight, draws)}, extra, {"reward/best": jnp.nanmax(r, 1).mean()}
+        items = {"x0": rollout["x0"][rows], "row": rows, "weight": weight}
+        return jax.tree.map(lambda x: jnp.repeat(x, draws, 0), items), extra, {"reward/best": jnp.nanmax(r, 1).mean()}
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
         x_t, t, eps = noised(keys, items["x0"], sampler.schedule)

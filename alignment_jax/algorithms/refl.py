@@ -24,7 +24,7 @@ def refl(sampler: Sampler, shape: tuple[int, ...], *, window: float = 0.25, weig
     if not 0 < window <= 1:
         raise ValueError(f"window is a share of the chain, in (0, 1]; got {window}")
 
-    def rollout(keys: Array, networks: Networks, data: Tree) -> Tree:
+    def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
         x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
         _, trajectory = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True)
         i = first + jnp.floor(uniform(fold(keys, 2)) * (steps - first)).astype(jnp.int32)

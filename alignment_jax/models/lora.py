@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -54,7 +56,7 @@ def init(key: Array, params: Any, *, rank: int, targets: str = ".*") -> Any:
 
 
 def merge(params: Any, factors: Any, scale: Array | float = 1.0) -> Any:
-    """Parameters with W + scale a b in place of every adapted kernel W; scale 0 is the base, bitwise."""
+    """Parameters with W + scale a b in place of every adapted kernel W, to ship; scale 0 is the base, bitwise."""
     flat, low_rank = flatten_dict(params, sep="/"), flatten_dict(factors, sep="/")
     # sorted: a set of words has another order in every process, and a program in another order is compiled anew
     for path in sorted({k.rsplit("/", 1)[0] for k in low_rank}):
@@ -62,6 +64,51 @@ def merge(params: Any, factors: Any, scale: Array | float = 1.0) -> Any:
         delta = (low_rank[f"{path}/a"] @ low_rank[f"{path}/b"]).reshape(kernel.shape)
         flat[path] = kernel + (scale * delta).astype(kernel.dtype)
     return unflatten_dict(flat, sep="/")
+
+
+def attach(params: Any, factors: Any, scale: Array | float = 1.0) -> Any:
+    """Parameters with the factors "lora_a", "lora_b" = scale b beside every adapted kernel, for a network made by `adapted`.
+
+    W x + scale b a x without forming W + scale b a: kept in 16 bits, W would swallow a change below half its spacing (at
+    learning rate 1e-4 that of the first tens of steps), and the gradient needs no product of the kernel's own size.
+    """
+    flat, low_rank = flatten_dict(params, sep="/"), flatten_dict(factors, sep="/")
+    for path, value in low_rank.items():
+        kernel, name = path.rsplit("/", 1)
+        flat[f"{kernel.removesuffix('kernel')}lora_{name}"] = scale * value if name == "b" else value
+    return unflatten_dict(flat, sep="/")
+
+
+def adapted(apply: Callable[..., Array], used: set[tuple[str, ...]] | None = None) -> Callable[..., Array]:
+    """apply(params, ...) whose flax Dense and Conv layers add what `attach` has put beside their kernels.
+
+    used: gets the path of every layer that did.
+    """
+
+    def add(inner: Callable[..., Array], inputs: Any, more: Any, context: Any) -> Array:
+        y, module = inner(*inputs, **more), context.module
+        if context.method_name != "__call__" or not isinstance(module, nn.Dense | nn.Conv) or not module.has_variable("params", "lora_a"):
+            return y
+        if used is not None:
+            used.add(module.path)
+        kernel, a, b = (jnp.asarray(module.get_variable("params", name)) for name in ("kernel", "lora_a", "lora_b"))
+        down = module.clone(parent=None, name=None, features=a.shape[-1], use_bias=False)
+        h: Any = down.apply({"params": {"kernel": a.reshape(*kernel.shape[:-1], -1)}}, *inputs)
+        return y + h @ b.astype(h.dtype)
+
+    def call(params: Any, *args: Any) -> Array:
+        with nn.intercept_methods(add):
+            return apply(params, *args)
+
+    return call
+
+
+def unreached(apply: Callable[..., Array], params: Any, *args: Any) -> list[str]:
+    """Kernels of attached parameters (shapes suffice) whose factors no flax Dense or Conv layer of `apply` would add."""
+    used: set[tuple[str, ...]] = set()
+    jax.eval_shape(adapted(apply, used), params, *args)
+    there = [k.removesuffix("/lora_a") for k in flatten_dict(params, sep="/") if k.endswith("/lora_a")]
+    return sorted(k for k in there if not any(k.endswith("/".join(path)) for path in used if path))
 
 
 def _stable_hash(path: str) -> int:

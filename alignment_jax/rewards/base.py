@@ -37,6 +37,7 @@ class Reward(NamedTuple):
       augment: augment(key, observation) -> observation, put before `score` where gradients are taken: an attack on the
         scorer must survive it.
       range: (low, high) of the scores. licence, summary: for `list rewards`.
+      noisy: score reads a state of the chain: score(params, x_t [B,...], {"t" [B], "cond"}) -> [B], before any decoder.
       tower: the parts of `score`, where `weighted` may share one of them; then params are {"tower", "head"}.
     """
 
@@ -50,4 +51,5 @@ class Reward(NamedTuple):
     range: tuple[float, float] = (float("-inf"), float("inf"))
     licence: str = "unknown"
     summary: str = ""
+    noisy: bool = False
     tower: Tower | None = None

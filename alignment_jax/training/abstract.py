@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ..rewards.base import Reward
 from . import build
 from .programs import build as compile_programs
+from .programs import learned
 
 Tree = Any
 Shape = jax.ShapeDtypeStruct
@@ -47,10 +48,10 @@ def one_step(config: Any, reward: Reward | None = None) -> dict[str, Program]:
 
     key = jax.random.key(0)
     trained, frozen_params = jax.eval_shape(parts.partition.init, key, params)
-    state = call("init", 1, key, trained)
     tokens = jnp.asarray(bundle.tokenize([""]))
     frozen = {"params": frozen_params, "reward": shapes(reward.params) if reward else None}
     frozen["null"] = jax.eval_shape(programs.encode, {"params": params}, tokens)
+    state = call("init", 1, key, trained, frozen["null"])
     condition = reward.encode([""]) if reward and reward.encode and needs.data == "prompts" else {}
     data = {"cond": call("encode", 1, frozen, rows(tokens, n)), "condition": rows(condition, n), "prompt_id": Shape((n,), jnp.int32)}
     samples = {"labels": ("x0",), "pairs": ("winner", "loser")}.get(needs.data, ())
@@ -74,11 +75,12 @@ def one_step(config: Any, reward: Reward | None = None) -> dict[str, Program]:
     items, _, _ = call("prepare", 1, key, state.extra, rolled, rewards)
     count = len(jax.tree.leaves(items)[0])
     m = min(size, count)
-    items = call("anchor", count, state, frozen, keys(m), rows(items, m))
+    part = rows(items, m) | ({"cond": rows(rolled["cond"], m)} if "row" in items else {})
+    items = call("anchor", count, state, frozen, keys(m), part)
     updates = int(config.batch.get("updates", 1))
     items = {**items, "first": Shape((m,), jnp.bool_)}
     share = Shape((m,), jnp.float32)
-    gradients = call("gradient", count, state.trained, state.copies, frozen, keys(m), items, share)
+    gradients = call("gradient", count, learned(state), state.copies, frozen, keys(m), items, share)
     if count // updates > m:
         call("accumulate", count - m * updates, gradients, gradients)
     call("apply", 1, state, gradients)

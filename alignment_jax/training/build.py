@@ -23,6 +23,7 @@ from ..data.sources import Source, label_source, pair_source, prompt_source
 from ..diffusion import Sampler, sampling_grid, scheduler
 from ..models import MODELS, stable_diffusion
 from ..models.bundle import ModelBundle
+from ..models.lora import unreached
 from ..rewards import REWARDS
 from ..rewards.base import Reward
 from ..rewards.combine import weighted
@@ -283,6 +284,15 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
     partition = call(lora_partition, lora, "lora") if lora else full_partition(config.get("trainable", "unet"))
     trained = jax.eval_shape(lambda p: partition.init(jax.random.key(0), p)[0], params)
     trains_text = any(name.startswith("text") for name in trained)
+    if lora and ":" in config.model and not Path(config.model).exists():  # a user's own model need not be made of flax layers
+        tokens = jnp.asarray(bundle.tokenize([""]))
+        cond = {"tokens": tokens} if trains_text else jax.eval_shape(bundle.encode_text, params, tokens)
+        x = jnp.zeros((1, *bundle.sample_shape))
+        missed = unreached(bundle.denoise, jax.eval_shape(partition.combine, trained, params), x, jnp.zeros(1), cond)
+        if missed:
+            raise ValueError(f"LoRA would not reach {', '.join(missed[:5])}{' and others' if len(missed) > 5 else ''}: no flax Dense or "
+                             f"Conv layer of {config.model} applies them. Narrow lora.targets, or train whole parameters "
+                             "(lora=None, config.trainable)")  # fmt: skip
     return Plan(Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text), sampler_, rate)
 
 

@@ -66,7 +66,7 @@ def load_run(workdir: str | Path, scale: float | None = None,
     run = read_run(workdir, scale, options)
     partition = partition_of(run.config)
     _, frozen = partition.init(jax.random.key(0), run.base)
-    tuned = partition.combine(run.trained, frozen)
+    tuned = partition.merge(run.trained, frozen)
     return run.bundle, jax.tree.map(lambda b, p: b + run.keep * (p - b), run.base, tuned), run.config
 
 

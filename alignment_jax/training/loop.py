@@ -53,7 +53,7 @@ def set_up(config: Any) -> tuple[Session, TrainState]:
     key = jax.random.key(config.seed)
     trained, frozen_params = run.parts.partition.init(jax.random.fold_in(key, 0), run.params)
     frozen = sharding.replicate(mesh, build.frozen_tree(run, programs, frozen_params))
-    state = programs.init(jax.random.fold_in(key, 1), sharding.replicate(mesh, trained))
+    state = programs.init(jax.random.fold_in(key, 1), sharding.replicate(mesh, trained), frozen["null"])
     errors = config.get("reward_errors", "raise")
     return Session(run, programs, mesh, frozen, build.batch_sizes(config)[2], errors), state
 
@@ -89,9 +89,11 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
         rewards, metrics = score(session, rolled, batch, number)
     items, extra, info = programs.prepare(prepare_key, state.extra, rolled, rewards)
     state = state._replace(extra=extra)
+    cond = rolled["cond"]
+    del rolled  # whole trajectories, of which the items hold what they need
     n_items = step.leading(items)
     keys = jax.random.split(item_key, n_items)
-    items = step.mapped(lambda k, t: programs.anchor(state, frozen, k, t), n_items, size, keys, items)
+    items = step.anchored(programs, state, frozen, keys, items, cond, size)
     if n_items % updates:
         raise ValueError(f"{n_items} items do not divide into {updates} updates; choose one of "
                          f"{[d for d in range(1, 17) if n_items % d == 0]}")  # fmt: skip
@@ -99,7 +101,7 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
     for part in range(updates):
         rows = slice(None) if order is None else order[part * (n_items // updates) : (part + 1) * (n_items // updates)]
         chosen = (keys, items) if order is None else jax.tree.map(lambda x, r=rows: x[r], (keys, items))
-        state, update_info = step.update(programs, state, frozen, chosen[0], chosen[1], size, part == 0)
+        state, update_info = step.update(programs, state, frozen, chosen[0], chosen[1], cond, size, part == 0)
     return state, {**metrics, **info, **update_info, "samples_seen": (number // updates + 1) * n}
 
 

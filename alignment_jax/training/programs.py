@@ -12,6 +12,7 @@ import optax
 
 from ..algorithms.base import Algorithm, Networks
 from ..diffusion import Denoise, guided
+from ..models import lora
 from ..models.bundle import ModelBundle
 from ..rewards.base import Reward
 from .state import Partition, TrainState, follow
@@ -56,20 +57,46 @@ class Programs(NamedTuple):
     apply: Callable[..., Any]
 
 
-def bind(parts: Parts, trained: Tree, copies: Tree, frozen: Tree) -> Networks:
-    """The networks an algorithm sees: policy and its copies, guided; policy unguided; the reward with its gradient."""
+def bind(parts: Parts, learned: Tree, copies: Tree, frozen: Tree) -> Networks:
+    """The networks an algorithm sees: policy and its copies, guided; policy unguided; its own ones; the reward.
+
+    learned: (trained, {name: parameters of an own network}), what gradients are taken of.
+    """
+    trained, own = learned
     scales = {**dict.fromkeys(["policy", *copies], parts.guidance.scale), **parts.algorithm.needs.guidance}
 
     def network(name: str, tree: Tree) -> Denoise:
-        denoise = partial(parts.bundle.denoise, parts.partition.combine(tree, frozen["params"]))
+        denoise = partial(lora.adapted(parts.bundle.denoise), parts.partition.combine(tree, frozen["params"]))
         return guided(denoise, frozen["null"], scales[name], rescale=parts.guidance.rescale)
 
     scales["unguided"] = 1.0
     networks: dict[str, Callable[..., Array]] = {"policy": network("policy", trained), "unguided": network("unguided", trained)}
     networks |= {name: network(name, jax.lax.stop_gradient(tree)) for name, tree in copies.items()}
+    networks |= {name: partial(network.apply, own[name]) for name, network in parts.algorithm.needs.own.items()}
     if parts.algorithm.needs.reward == "gradient":
         networks["reward"] = partial(differentiable_reward, parts, frozen)
+    if parts.algorithm.needs.reward == "step":
+        networks["reward"] = partial(step_value, parts, frozen)
     return networks
+
+
+def step_value(parts: Parts, frozen: Tree, x: Array, x0: Array, t: Array, cond: Tree, condition: Tree) -> Array:
+    """The reward [B] of a state x at time t with clean prediction x0: of x itself if the reward reads noisy latents, else of x0."""
+    assert parts.reward is not None
+    if parts.reward.noisy:
+        return parts.reward.score(frozen["reward"], x, {"t": t, "cond": cond})
+    return value(parts, frozen, x0, condition)
+
+
+def value(parts: Parts, frozen: Tree, x0: Array, condition: Tree) -> Array:
+    """r(decode(x0), c) [B]."""
+    assert parts.reward is not None
+    return parts.reward.score(frozen["reward"], parts.bundle.decode(frozen["params"], x0), condition)
+
+
+def learned(state: TrainState) -> Tree:
+    """What gradients are taken of: (trained, {name: parameters of an own network})."""
+    return state.trained, {name: params for name, (params, _) in state.own.items()}
 
 
 def differentiable_reward(parts: Parts, frozen: Tree, keys: Array, x0: Array, condition: Tree) -> Array:
@@ -85,12 +112,17 @@ def build(parts: Parts) -> Programs:
     """Compiles nothing yet: each program compiles at its first call, and only then."""
     algorithm, bundle = parts.algorithm, parts.bundle
 
-    def init(key: Array, trained: Tree) -> TrainState:
+    own = {name: optax.adam(network.learning_rate) for name, network in algorithm.needs.own.items()}
+
+    def init(key: Array, trained: Tree, cond: Tree) -> TrainState:
         # built inside jit, so that no buffer is shared with the caller's parameters: donation deletes them
-        key_extra, key_run = jax.random.split(key)
+        key_extra, key_run, key_own = jax.random.split(key, 3)
         copies = {name: trained for name in algorithm.needs.copies}
+        fresh = {name: network.init(jax.random.fold_in(key_own, i), cond)
+                 for i, (name, network) in enumerate(algorithm.needs.own.items())}  # fmt: skip
         ema = trained if parts.ema_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), trained, parts.optimizer.init(trained), copies, ema,
+        return TrainState(jnp.zeros((), jnp.int32), trained, parts.optimizer.init(trained), copies,
+                          {name: (params, own[name].init(params)) for name, params in fresh.items()}, ema,
                           algorithm.init(key_extra), key_run)  # fmt: skip
 
     def encode(frozen: Tree, tokens: Array) -> Tree:
@@ -103,30 +135,29 @@ def build(parts: Parts) -> Programs:
         return bundle.decode(frozen["params"], x0)
 
     def rollout(state: TrainState, frozen: Tree, keys: Array, data: Tree) -> Tree:
-        return algorithm.rollout(keys, bind(parts, state.trained, state.copies, frozen), data)
+        return algorithm.rollout(keys, state.extra, bind(parts, learned(state), state.copies, frozen), data)
 
     def score(frozen: Tree, x0: Array, condition: Tree) -> Array:
-        assert parts.reward is not None
-        return parts.reward.score(frozen["reward"], bundle.decode(frozen["params"], x0), condition)
+        return value(parts, frozen, x0, condition)
 
     def prepare(key: Array, extra: Tree, rolled: Tree, rewards: Array | None) -> Any:
         return algorithm.prepare(key, extra, rolled, rewards)
 
     def anchor(state: TrainState, frozen: Tree, keys: Array, items: Tree) -> Tree:
-        return algorithm.anchor(keys, bind(parts, state.trained, state.copies, frozen), items)
+        return algorithm.anchor(keys, bind(parts, learned(state), state.copies, frozen), items)
 
-    def gradient(trained: Tree, copies: Tree, frozen: Tree, keys: Array, items: Tree, share: Array) -> Any:
+    def gradient(learned: Tree, copies: Tree, frozen: Tree, keys: Array, items: Tree, share: Array) -> Any:
         """(gradients, sums): share [m] is each item's share of the whole batch, 0 for padding."""
 
-        def total(trained: Tree) -> tuple[Array, dict[str, Array]]:
-            losses, info = algorithm.loss(keys, bind(parts, trained, copies, frozen), items)
+        def total(learned: Tree) -> tuple[Array, dict[str, Array]]:
+            losses, info = algorithm.loss(keys, bind(parts, learned, copies, frozen), items)
             values = {"loss": losses, **jax.lax.stop_gradient(info)}
             kept = share > 0
             sums = {k: jnp.where(kept, v, -jnp.inf).max() if k.endswith("_max") else jnp.where(kept, share * v, 0.0).sum()
                     for k, v in values.items()}  # fmt: skip
             return sums["loss"], sums
 
-        grads, sums = jax.grad(total, has_aux=True)(trained)
+        grads, sums = jax.grad(total, has_aux=True)(learned)
         return grads, sums
 
     def accumulate(a: Any, b: Any) -> Any:
@@ -135,15 +166,19 @@ def build(parts: Parts) -> Programs:
         return jax.tree.map(jnp.add, grads_a, grads_b), sums
 
     def apply(state: TrainState, gradients: Any) -> tuple[TrainState, dict[str, Array]]:
-        grads, sums = gradients
+        (grads, own_grads), sums = gradients
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         step = state.step + 1
+        others = {}
+        for name, (params, memory) in state.own.items():
+            change, memory = own[name].update(own_grads[name], memory, params)
+            others[name] = (optax.apply_updates(params, change), memory)
         rules = algorithm.needs.copies
         copies = {name: follow(rules[name], copy, trained, step) for name, copy in state.copies.items()}
         ema = follow(("ema", parts.ema_decay), state.ema, trained, step) if parts.ema_decay else None
         info = {**sums, "grad_norm": optax.tree.norm(grads)}
-        return state._replace(step=step, trained=trained, opt_state=opt_state, copies=copies, ema=ema), info
+        return state._replace(step=step, trained=trained, opt_state=opt_state, copies=copies, own=others, ema=ema), info
 
     return Programs(
         init=jax.jit(init), encode=jax.jit(encode), to_samples=jax.jit(to_samples), to_pictures=jax.jit(to_pictures),

@@ -20,28 +20,35 @@ class TrainState(NamedTuple):
     """Everything that changes; one tree, checkpointed whole and donated to the update.
 
     step: optimiser steps taken. trained: LoRA factors, or the parameters that are trained. copies: earlier versions of
-    `trained` by name (reference, old policy). ema: the averaged `trained`, what is evaluated. extra: the algorithm's
-    memory. key: the run's key, of which every step folds in its number.
+    `trained` by name (reference, old policy). own: the algorithm's other networks by name, (params, optimiser's state).
+    ema: the averaged `trained`, what is evaluated. extra: the algorithm's memory. key: the run's key, of which every step
+    folds in its number.
     """
 
     step: Array
     trained: Tree
     opt_state: Tree
     copies: Mapping[str, Tree]
+    own: Mapping[str, tuple[Tree, Tree]]
     ema: Tree
     extra: Tree
     key: Array
 
 
 class Partition(NamedTuple):
-    """How parameters split: init(key, params) -> (trained, frozen); combine(trained, frozen) -> params."""
+    """How parameters split: init(key, params) -> (trained, frozen).
+
+    combine(trained, frozen) -> params for the networks while they are trained (see `models.lora.attach`);
+    merge(trained, frozen) -> the whole model's parameters, to sample and to ship.
+    """
 
     init: Callable[[Array, Tree], tuple[Tree, Tree]]
     combine: Callable[[Tree, Tree], Tree]
+    merge: Callable[[Tree, Tree], Tree]
 
 
 def lora_partition(*, rank: int, targets: str = "unet", scale: float = 1.0, alpha: float | None = None) -> Partition:
-    """Trains low-rank factors over frozen parameters; combine = W + scale a b, scale = alpha / rank where alpha is given.
+    """Trains low-rank factors over frozen parameters: W + scale a b, scale = alpha / rank where alpha is given.
 
     targets: a name in models.lora.TARGETS, or a regular expression over paths. Raises ValueError for scale beside alpha.
     """
@@ -53,10 +60,8 @@ def lora_partition(*, rank: int, targets: str = "unet", scale: float = 1.0, alph
     def init(key: Array, params: Tree) -> tuple[Tree, Tree]:
         return lora_lib.init(key, params, rank=rank, targets=targets), params
 
-    def combine(trained: Tree, frozen: Tree) -> Tree:
-        return lora_lib.merge(frozen, trained, scale)
-
-    return Partition(init, combine)
+    return Partition(init, lambda trained, frozen: lora_lib.attach(frozen, trained, scale),
+                     lambda trained, frozen: lora_lib.merge(frozen, trained, scale))  # fmt: skip
 
 
 def full_partition(targets: str = "unet") -> Partition:
@@ -73,7 +78,7 @@ def full_partition(targets: str = "unet") -> Partition:
     def combine(trained: Tree, frozen: Tree) -> Tree:
         return unflatten_dict({**flatten_dict(frozen, sep="/"), **flatten_dict(trained, sep="/")}, sep="/")
 
-    return Partition(init, combine)
+    return Partition(init, combine, combine)
 
 
 def follow(rule: Any, copy: Tree, trained: Tree, step: Array) -> Tree:

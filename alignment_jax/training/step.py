@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .programs import Programs
+from .programs import Programs, learned
 from .state import TrainState
 
 Array = jax.Array
@@ -57,16 +57,32 @@ def mapped(program: Any, n: int, size: int, keys: Array, tree: Tree) -> Tree:
     return join([program(k, t) for k, t in microbatches((keys, tree), c)], c)
 
 
+def with_cond(items: Tree, cond: Tree) -> Tree:
+    """Items with the "cond" of the samples that they belong to by "row", where they have one."""
+    return {**items, "cond": jax.tree.map(lambda x: x[items["row"]], cond)} if "row" in items else items
+
+
+def anchored(programs: Programs, state: TrainState, frozen: Tree, keys: Array, items: Tree, cond: Tree, size: int) -> Tree:
+    """Items [N] with what their anchor adds, and still without the "cond" that they find by "row"."""
+
+    def program(keys: Array, part: Tree) -> Tree:
+        out = programs.anchor(state, frozen, keys, with_cond(part, cond))
+        return {k: v for k, v in out.items() if k != "cond" or "row" not in part}
+
+    return mapped(program, leading(items), size, keys, items)
+
+
 def leading(tree: Tree) -> int:
     """The length of the leading axis."""
     return jax.tree.leaves(tree)[0].shape[0]
 
 
-def update(programs: Programs, state: TrainState, frozen: Tree, keys: Array, items: Tree, size: int,
+def update(programs: Programs, state: TrainState, frozen: Tree, keys: Array, items: Tree, cond: Tree, size: int,
            first: bool = True) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
     """One optimiser step on all items [N]; gradients are accumulated over microbatches of `size`.
 
-    first: the parameters are still those of the anchor; the loss finds it in items["first"] [N].
+    cond: that of the rollout's samples. first: the parameters are still those of the anchor; the loss finds it in
+    items["first"] [N].
     """
     n = leading(items)
     c = cut(n, size)
@@ -76,6 +92,6 @@ def update(programs: Programs, state: TrainState, frozen: Tree, keys: Array, ite
     for i, (k, t, s) in enumerate(microbatches((keys, items, share), c)):
         if c.parts > 1:  # padding repeats the first item and must weigh nothing
             s = jnp.where(np.arange(i, c.size * c.parts, c.parts) < n, s, 0.0)
-        part = programs.gradient(state.trained, state.copies, frozen, k, t, s)
+        part = programs.gradient(learned(state), state.copies, frozen, k, with_cond(t, cond), s)
         total = part if total is None else programs.accumulate(total, part)
     return programs.apply(state, total)

@@ -40,7 +40,7 @@ def gradient(algorithm, sampler, n, items=None, theta=None, keys=None):
     theta = jnp.zeros(sampler.num_steps) if theta is None else theta
     keys = jax.random.split(KEY, n) if keys is None else keys
     if items is None:
-        items = algorithm.rollout(keys, networks(theta, sampler), DATA(n))
+        items = algorithm.rollout(keys, {}, networks(theta, sampler), DATA(n))
         items = algorithm.anchor(keys, networks(theta, sampler), items)
     rows = n // 20
     chunks = [jax.tree.map(lambda x, i=i: x[i * rows : (i + 1) * rows], (keys, items)) for i in range(20)]
@@ -67,10 +67,10 @@ def ddpo_items(sampler, n, theta=None, **kwargs):
     theta = jnp.zeros(T) if theta is None else theta
     algorithm = ddpo(sampler, (1,), clip_range=0.2, adv_clip=1e9, **kwargs)
     keys = jax.random.split(KEY, n)
-    rolled = algorithm.rollout(keys, networks(theta, sampler), DATA(n))
+    rolled = algorithm.rollout(keys, {}, networks(theta, sampler), DATA(n))
     items, _, _ = algorithm.prepare(KEY, {}, rolled, reward(None, rolled["x0"], None))
     per = items["i"].size // n
-    items |= {"advantage": jnp.repeat(reward(None, rolled["x0"], None), per), "first": jnp.zeros(per * n, bool)}
+    items |= {"advantage": jnp.repeat(reward(None, rolled["x0"], None), per), "first": jnp.zeros(per * n, bool), "cond": {}}
     item_keys = jax.random.split(KEY, len(items["i"]))
     return algorithm, algorithm.anchor(item_keys, networks(theta, sampler), items), item_keys, per
 
@@ -138,10 +138,10 @@ def test_t3_the_penalised_optimum_is_the_tilt_only_as_far_as_the_noise_reaches(e
 
     algorithm = ddpo(sampler, (1,), clip_range=0.2, kl_weight=1.0)
     keys = jax.random.split(KEY, 4)
-    rolled = algorithm.rollout(keys, networks(th, sampler), DATA(4))
+    rolled = algorithm.rollout(keys, {}, networks(th, sampler), DATA(4))
     items, _, _ = algorithm.prepare(KEY, {}, rolled, jnp.zeros(4))  # A = 0: pure KL
     keys = jax.random.split(KEY, len(items["i"]))
-    items = algorithm.anchor(keys, networks(th, sampler), items) | {"first": jnp.zeros(len(keys), bool)}
+    items = algorithm.anchor(keys, networks(th, sampler), {**items, "cond": {}}) | {"first": jnp.zeros(len(keys), bool)}
     kl_gradient = jax.grad(lambda t: algorithm.loss(keys, networks(t, sampler), items)[0].mean())(th)
     per = noisy.sum()
     np.testing.assert_allclose(np.asarray(kl_gradient)[noisy] * per, (lam * C * down)[noisy], rtol=2e-3)
@@ -178,7 +178,7 @@ def test_the_adjoint_payload_has_the_gradient_of_autodiff_through_the_chain(k, e
 
     def grads(algorithm):
         nets = lambda w: {"policy": net(w), "reference": net(w), "reward": reward}  # noqa: E731
-        items = algorithm.anchor(keys, nets(w), algorithm.rollout(keys, nets(w), DATA(8)))
+        items = algorithm.anchor(keys, nets(w), algorithm.rollout(keys, {}, nets(w), DATA(8)))
         return jax.grad(lambda w: algorithm.loss(keys, nets(w), items)[0].mean())(w)
 
     a, b = grads(draft(sampler, (1,), k=k)), grads(draft(sampler, (1,), k=k, adjoint=True))
@@ -205,7 +205,7 @@ def test_draft_lv_averages_the_last_step_without_bias():
 
     def grads(algorithm):
         nets = lambda th: networks(th, sampler) | linear  # noqa: E731
-        items = algorithm.rollout(keys, nets(jnp.zeros(T)), DATA(16))
+        items = algorithm.rollout(keys, {}, nets(jnp.zeros(T)), DATA(16))
         return jax.grad(lambda th: algorithm.loss(keys, nets(th), items)[0].mean())(jnp.zeros(T))
 
     np.testing.assert_allclose(grads(draft(sampler, (1,), k=1)), grads(draft(sampler, (1,), k=1, lv=3)), rtol=1e-5)
@@ -315,7 +315,7 @@ def test_t18_a_linear_reward_is_climbed_steadily_and_the_kl_grows():
     linear = {"reward": lambda k, x, c: x[:, 0]}
     nets = lambda th: networks(th, sampler) | linear  # noqa: E731
     for _ in range(4):
-        items = algorithm.rollout(keys, nets(theta), DATA(64))
+        items = algorithm.rollout(keys, {}, nets(theta), DATA(64))
         theta = theta - 0.1 * jax.grad(lambda th, it=items: algorithm.loss(keys, nets(th), it)[0].mean())(theta)
         means.append(gaussian.law(sampler, theta)[0])
         usable = np.asarray(theta) * sampler.stochastic()

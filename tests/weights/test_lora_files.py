@@ -235,7 +235,7 @@ def test_alpha_over_rank_is_the_scale():
     params = {"unet": {"kernel": np.ones((2, 3), np.float32)}}
     trained = {"unet": {"kernel": {"a": np.ones((2, 2)), "b": np.ones((2, 3))}}}
     for kwargs, scale in (({}, 1.0), ({"alpha": 8.0}, 4.0), ({"scale": 0.5}, 0.5)):
-        tuned = lora_partition(rank=2, **kwargs).combine(trained, params)
+        tuned = lora_partition(rank=2, **kwargs).merge(trained, params)
         assert np.array_equal(tuned["unet"]["kernel"], np.full((2, 3), 1 + 2 * scale))
     with pytest.raises(ValueError, match="give one of the two"):
         lora_partition(rank=2, alpha=4.0, scale=2.0)
