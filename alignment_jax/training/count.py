@@ -1,0 +1,77 @@
+"""What one step of a config costs in calls: of the network, its gradient, the decoder, the reward. Counted, not estimated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from . import loop
+
+Tree = Any
+
+
+def counted(function: Callable[..., Tree], counter: Counter[str], name: str, rows: Callable[..., int]) -> Callable[..., Tree]:
+    """function(params, ...) that adds its rows to counter[name] at every run, and to counter[name + " backward"] in gradients."""
+
+    def add(name: str, n: int) -> None:
+        def now() -> None:
+            counter[name] += n
+
+        jax.debug.callback(now)
+
+    @jax.custom_vjp
+    def call(*args: Any) -> Tree:
+        add(name, rows(*args))
+        return function(*args)
+
+    def forward(*args: Any) -> Any:
+        add(name, rows(*args))
+        out, pull = jax.vjp(function, *args)
+        return out, (pull, args)
+
+    def backward(saved: Any, cotangent: Tree) -> Any:
+        pull, args = saved
+        add(f"{name} backward", rows(*args))
+        return pull(cotangent)
+
+    call.defvjp(forward, backward)
+    return call
+
+
+def one_step(config: Any) -> dict[str, int]:
+    """Samples that go through "network", "network backward", "decode", "reward" (and their backward) in one training step."""
+    counter: Counter[str] = Counter()
+    session, state = loop.set_up(config)
+    parts = session.run.parts
+    second = lambda params, x, *more: len(x)
+    bundle = parts.bundle._replace(denoise=counted(parts.bundle.denoise, counter, "network", second),
+                                   decode=counted(parts.bundle.decode, counter, "decode", second))  # fmt: skip
+    reward = parts.reward
+    if reward is not None:
+        score = counted(reward.score, counter, "reward", second) if reward.device else _host(reward.score, counter)
+        reward = reward._replace(score=score, tower=None)
+    parts = parts._replace(bundle=bundle, reward=reward)
+    run = session.run._replace(parts=parts)
+    session = session._replace(run=run, programs=loop.compile_programs(parts))
+    counter.clear()
+    loop.one_step(session, state, next(run.source), int(config.batch.get("updates", 1)))
+    jax.effects_barrier()
+    return dict(counter)
+
+
+def _host(score: Callable[..., Any], counter: Counter[str]) -> Callable[..., Any]:
+    def call(images: Any, *more: Any) -> Any:
+        counter["reward"] += len(images)
+        return score(images, *more)
+
+    return call
+
+
+def network_calls(counts: dict[str, int]) -> int:
+    """Network calls of a step, a backward pass counted as two."""
+    return counts.get("network", 0) + 2 * counts.get("network backward", 0)
+
+
