@@ -30,7 +30,7 @@ DDPO = {"name": "ddpo", "advantage": "prompt", "num_prompts": 0, "buffer": 16, "
 DRAFT: dict[str, Any] = {
     "method": {"name": "draft", "k": 1, "lv": 1, "anchor_weight": 0.0}, "steps": 2000, "checkpoint_every": 200, "evaluate_every": 200,
     "batch": {"prompts": 4, "group": 1, "microbatch": 4}, "optimizer.learning_rate": 4e-4, "optimizer.weight_decay": 0.1,
-    "sampling.eta": 0.0, "sampling.guidance_scale": 7.5, "lora": {"rank": 8, "targets": "draft"}, "model_options.remat": True,
+    "sampling.eta": 0.0, "sampling.guidance_scale": 7.5, "lora": {"rank": 8, "targets": "draft", "file": ""}, "model_options.remat": True,
 }  # fmt: skip
 # what each argument changes in get_config's settings, which are ddpo-pytorch's
 CHANGES: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "method": {"name": "diffusion_dpo", "beta": 5000.0}, "reward": PICK, "judge": CLIP, "steps": 2000, "checkpoint_every": 200,
         "evaluate_every": 200, "batch": {"prompts": 2048, "group": 1, "microbatch": 8}, "optimizer.learning_rate": 1e-8 * 2048,
         "optimizer.weight_decay": 1e-2, "optimizer.warmup_steps": 500, "sampling.eta": 0.0, "sampling.guidance_scale": 7.5, "lora": {},
-        # Pick-a-Pic v2's parquet files (hub yuvalkirstain/pickapic_v2); or latents, a folder of training/precompute.py
+        # Pick-a-Pic v2's parquet files (hub yuvalkirstain/pickapic_v2, or a copy); or latents, a folder of training/precompute.py
         "data": {"pairs": "pick_a_pic:data_cache/pickapic_v2", "data_dir": "data_cache", "latents": "", "drop": 0.2},
         "model_options.remat": True,
     },
@@ -86,7 +86,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "method": {"name": "diffusion_nft", "beta": 1.0, "adv_clip": 5.0, "reference_weight": 1e-4, "old_decay": 0.5, "draws": 1},
         "reward": PICK, "judge": CLIP, "batch": {"prompts": 12, "group": 24, "microbatch": 8}, "steps": 300, "optimizer.ema": 0.9,
         "sampling": {"scheduler": "dpmsolver++", "num_steps": 20, "guidance_scale": 1.0},
-        "lora": {"rank": 32, "alpha": 64.0, "targets": "diffusers"},
+        "lora": {"rank": 32, "alpha": 64.0, "targets": "diffusers", "file": ""},
     },
 }  # fmt: skip
 ARGUMENTS = tuple(CHANGES)
@@ -117,7 +117,8 @@ def get_config(method: str = "ddpo_aesthetic") -> ConfigDict:
                               "schedule": "constant", "warmup_steps": 0, "ema": 0.0})  # fmt: skip
     c.batch = ConfigDict({"prompts": 256, "group": 1, "microbatch": 8, "updates": 2})
     c.sampling = ConfigDict({"scheduler": "ddim", "num_steps": 50, "eta": 1.0, "guidance_scale": 5.0})
-    c.lora = ConfigDict({"rank": 4, "targets": "ddpo-pytorch"})  # {}: what `trainable` matches is trained itself
+    # file: a LoRA to start from; {}: what `trainable` matches is trained itself
+    c.lora = ConfigDict({"rank": 4, "targets": "ddpo-pytorch", "file": ""})
     c.trainable = "^unet/"
     c.data = ConfigDict({"prompts": "configs/prompts/animals.txt"})
     judge = either(changes.pop("judge", PICK))

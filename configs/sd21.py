@@ -21,13 +21,13 @@ CHANGES: dict[str, dict[str, Any]] = {
                    "adv_clip": 5.0, "timestep_fraction": 0.5},
         "reward": AESTHETIC, "judge": PICK, "steps": 200, "batch": {"prompts": 128, "group": 1, "microbatch": 4, "updates": 2},
         "optimizer.learning_rate": 3e-4, "optimizer.weight_decay": 1e-4, "sampling.eta": 1.0, "sampling.guidance_scale": 5.0,
-        "lora": {"rank": 4, "targets": "ddpo-pytorch"},
+        "lora": {"rank": 4, "targets": "ddpo-pytorch", "file": ""},
     },
     # DRaFT-1 (arXiv 2309.17400), small scale: rank 8, 4e-4, batch 4, 2000 steps, weight decay .1; the reward is ours
     "draft_pickscore": {
         "method": {"name": "draft", "k": 1, "lv": 1, "anchor_weight": 0.0}, "reward": PICK, "judge": CLIP, "steps": 2000,
         "batch": {"prompts": 4, "group": 1, "microbatch": 2}, "optimizer.learning_rate": 4e-4, "optimizer.weight_decay": 0.1,
-        "lora": {"rank": 8, "targets": "draft"}, "model_options.remat": True,
+        "lora": {"rank": 8, "targets": "draft", "file": ""}, "model_options.remat": True,
     },
     # Diffusion-DPO (arXiv 2311.12908), github SalesforceAIResearch/DiffusionDPO launchers/sd15.sh: beta 5000, 1e-8 scaled by the
     # batch of 2048, 500 warm-up steps, 2000 steps, decay 1e-2, a fifth of the prompts empty

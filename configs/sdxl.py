@@ -22,7 +22,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "draft_pickscore": {
         "method": {"name": "draft", "k": 1, "lv": 1, "anchor_weight": 1.0}, "steps": 1000,
         "batch": {"prompts": 4, "group": 1, "microbatch": 1}, "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 1e-2,
-        "optimizer.clip_norm": 10.0, "lora": {"rank": 32, "targets": "draft"}, "model_options.remat": True,
+        "optimizer.clip_norm": 10.0, "lora": {"rank": 32, "targets": "draft", "file": ""}, "model_options.remat": True,
     },
     # Diffusion-DPO (arXiv 2311.12908), github SalesforceAIResearch/DiffusionDPO launchers/sdxl.sh and train.py: beta 5000,
     # --learning_rate=1e-8 --scale_lr at batch 2048, Adafactor, 200 warm-up steps, 2000 steps, a fifth of the prompts empty
@@ -41,13 +41,13 @@ CHANGES: dict[str, dict[str, Any]] = {
                    "adv_clip": 5.0, "timestep_fraction": 0.5},
         "reward": AESTHETIC, "judge": PICK, "steps": 200, "checkpoint_every": 20, "evaluate_every": 20,
         "batch": {"prompts": 64, "group": 1, "microbatch": 2, "updates": 2}, "optimizer.learning_rate": 3e-4,
-        "optimizer.weight_decay": 1e-4, "sampling.eta": 1.0, "lora": {"rank": 4, "targets": "ddpo-pytorch"},
+        "optimizer.weight_decay": 1e-4, "sampling.eta": 1.0, "lora": {"rank": 4, "targets": "ddpo-pytorch", "file": ""},
     },
     # diffusers' examples/text_to_image/train_text_to_image_lora_sdxl.py as its README calls it: rank 4, 1e-4. Ours: the batch and
     # the steps, min-SNR weights (arXiv 2303.09556), a tenth of the captions empty
     "sft": {
         "method": {"name": "sft", "snr_gamma": 5.0}, "steps": 2000, "batch": {"prompts": 16, "group": 1, "microbatch": 1},
-        "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 1e-2, "lora": {"rank": 4, "targets": "diffusers"},
+        "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 1e-2, "lora": {"rank": 4, "targets": "diffusers", "file": ""},
         # a folder with pictures of 1024 x 1024 and a captions.jsonl; or latents, a folder of training/precompute.py
         "data": {"labels": "folder", "path": "data_cache/pictures", "latents": "", "drop": 0.1}, "model_options.remat": True,
     },

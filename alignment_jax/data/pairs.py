@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, combinations, groupby
 from pathlib import Path
@@ -78,7 +80,8 @@ def locate(source: str) -> tuple[str, list[Path]]:
     else:
         files = [path] if path.is_file() else []
     if not files:
-        wanted = {"own": "pairs.jsonl, pairs.csv or pairs.parquet", "hpdv2": "train.json"}.get(kind, ".parquet files")
+        wanted = {"own": "pairs.jsonl, pairs.csv or pairs.parquet", "hpdv2": "train.json",
+                  "image_reward_db": "train_*.json or .parquet files"}.get(kind, ".parquet files")  # fmt: skip
         raise FileNotFoundError(f"no preference pairs at {source}" + (f": the folder has no {wanted}" if path.is_dir() else "")
                                 + f"; give {FORMS}")  # fmt: skip
     endings = {"own": (".jsonl", ".csv", ".parquet"), "pick_a_pic": (".parquet",), "hpdv2": (".json",)}
@@ -104,49 +107,75 @@ def pick_a_pic(file: Path) -> Iterator[PairRecord]:
 
 
 def hpdv2(file: Path) -> Iterator[PairRecord]:
-    """HPDv2 (arXiv 2306.09341): train.json's pairs, or test.json's ranks as all pairs of each annotator, ties kept."""
-    for number, row in _json(file):
+    """HPDv2 (arXiv 2306.09341): train.json's pairs, or test.json's ranks as all pairs of each annotator, ties kept.
+
+    The released files and their description differ in names: file_path or image_path, and in raw_annotations rank or
+    annotation. Weights: 1 / pairs of the prompt.
+    """
+    rows = list(_json(file))
+    pairs = Counter(str(row.get("prompt")) for _, row in rows if isinstance(row, dict) and "human_preference" in row)
+    for number, row in rows:
         where = f"{file}, row {number}"
-        if "human_preference" in row:
-            require(row, ("prompt", "file_path"), where)
+        if isinstance(row, dict) and "human_preference" in row:
+            paths = "image_path" if "image_path" in row else "file_path"
+            require(row, ("prompt", paths), where)
             p_a = _opposites(row["human_preference"], where, "human_preference")
-            if len(row["file_path"]) != 2:
-                raise ValueError(f"{where}: file_path must name 2 images; got {len(row['file_path'])}")
-            a, b = (image_bytes(path, _folders(file), where) for path in row["file_path"])
-            yield PairRecord(_text(row["prompt"], where), a, b, p_a, source="hpdv2", split=_split(file))
+            if len(row[paths]) != 2:
+                raise ValueError(f"{where}: {paths} must name 2 images; got {len(row[paths])}")
+            a, b = (image_bytes(path, _folders(file), where) for path in row[paths])
+            yield PairRecord(_text(row["prompt"], where), a, b, p_a, 1 / pairs[row["prompt"]], str(row.get("user_hash", "")),
+                             "hpdv2", _split(file))  # fmt: skip
             continue
         require(row, ("prompt", "image_path", "rank"), where, "human_preference and file_path, or prompt, image_path and rank")
         images = [image_bytes(path, _folders(file), where) for path in row["image_path"]]
-        raters = [(str(r.get("user_hash", "")), r["rank"]) for r in row.get("raw_annotations") or ()] or [("", row["rank"])]
+        raters = [(str(r.get("user_hash", "")), r["annotation"] if "annotation" in r else r.get("rank"))
+                  for r in row.get("raw_annotations") or ()] or [("", row["rank"])]  # fmt: skip
         for rater, ranks in raters:
             yield from _ranked(_text(row["prompt"], where), images, ranks, where, source="hpdv2", split=_split(file),
                                annotator=rater, share=1 / len(raters))  # fmt: skip
 
 
 def image_reward_db(file: Path) -> Iterator[PairRecord]:
-    """ImageRewardDB (arXiv 2304.05977): GitHub's test.json, or parquet with a row a picture or a row a prompt; all pairs of
-    a prompt, ties kept. Pictures of one prompt must follow each other."""  # fmt: skip
-    source, split = "image_reward_db", _split(file)
-    if file.suffix == ".json":
-        for number, row in _json(file):
-            where = f"{file}, row {number}"
-            require(row, ("prompt", "generations", "ranking"), where)
-            images = [image_bytes(path, _folders(file), where) for path in row["generations"]]
-            yield from _ranked(_text(row["prompt"], where), images, row["ranking"], where, source=source, split=split)
-        return
-    rows = _parquet(file, ("prompt_id", "prompt", "image", "rank"), ())
+    """ImageRewardDB (arXiv 2304.05977): all pairs of a prompt, ties kept; rank 1 is the best.
+
+    Read are GitHub's test.json, with a row a prompt; the hub's images/SPLIT/SPLIT_1/SPLIT_1.json beside its pictures, and
+    metadata-SPLIT.parquet beside images, with a row a picture; and what its loading script makes, as parquet with pictures
+    inside, a row a picture or a row a prompt. Pictures of one prompt must follow each other.
+    """
+    source, split, folders = "image_reward_db", _split(file), _folders(file)
+    rows = _json(file) if file.suffix == ".json" else _parquet(file, ("prompt_id", "prompt", "rank"), ("image", "image_path"))
     seen = set()
-    for prompt_id, group in groupby(rows, lambda numbered: numbered[1]["prompt_id"]):
+    for prompt_id, group in groupby(rows, lambda numbered: _prompt_id(numbered[1], f"{file}, row {numbered[0]}")):
         numbers, members = zip(*group, strict=True)
-        where = f"{file}, row {numbers[0]} (prompt_id {prompt_id})"
-        if prompt_id in seen:
-            raise ValueError(f"{where}: the rows of this prompt do not follow each other; sort the file by prompt_id")
-        seen.add(prompt_id)
-        as_lists = isinstance(members[0]["rank"], list)
-        stored = members[0]["image"] if as_lists else [m["image"] for m in members]
-        ranks = members[0]["rank"] if as_lists else [m["rank"] for m in members]
-        images = [image_bytes(image, _folders(file), where) for image in stored]
-        yield from _ranked(_text(members[0]["prompt"], where), images, ranks, where, source=source, split=split)
+        where, first = f"{file}, row {numbers[0]}", members[0]
+        if "generations" in first:
+            require(first, ("prompt", "generations", "ranking"), where)
+            stored, ranks = first["generations"], first["ranking"]
+        else:
+            where = f"{where} (prompt_id {prompt_id})"
+            if prompt_id in seen:
+                raise ValueError(f"{where}: the rows of this prompt do not follow each other; sort the file by prompt_id")
+            seen.add(prompt_id)
+            name = "image" if "image" in first else "image_path"
+            require(first, ("prompt", name, "rank"), where)
+            as_lists = isinstance(first["rank"], list)
+            stored, ranks = (first[key] if as_lists else [m[key] for m in members] for key in (name, "rank"))
+        images = [image_bytes(_beside(image, file), folders, where) for image in stored]
+        yield from _ranked(_text(first["prompt"], where), images, ranks, where, source=source, split=split)
+
+
+def _prompt_id(row: Any, where: str) -> Any:
+    """What tells the prompts of ImageRewardDB apart."""
+    require(row, (), where, "prompt and generations, or prompt_id, prompt, image_path and rank")
+    if "generations" in row:
+        return where  # such a row is a whole prompt
+    require(row, ("prompt_id",), where, "prompt and generations, or prompt_id, prompt, image_path and rank")
+    return row["prompt_id"]
+
+
+def _beside(image: Any, file: Path) -> Any:
+    """A picture of the hub's parts, whose paths are written from the data set's root, lies beside the part's JSON."""
+    return Path(image).name if isinstance(image, str) and (file.parent / Path(image).name).is_file() else image
 
 
 def own(file: Path) -> Iterator[PairRecord]:
@@ -303,12 +332,17 @@ def _folders(file: Path) -> list[Path]:
 
 
 def _split(file: Path) -> str:
-    return file.stem.split("-")[0]
+    """train of train-00000-of-00645, of metadata-train and of train_1."""
+    return re.sub(r"_\d+$", "", file.stem.removeprefix("metadata-").split("-")[0])
 
 
 def _parquet_folder(path: Path) -> list[Path]:
     files = sorted(path.rglob("*.parquet"))
     return [f for f in files if _split(f) == "train"] or files
+
+
+def _image_reward_folder(path: Path) -> list[Path]:
+    return sorted(path.rglob("train_*.json")) or _parquet_folder(path)
 
 
 def _first_of(*names: str) -> Callable[[Path], list[Path]]:
@@ -318,5 +352,5 @@ def _first_of(*names: str) -> Callable[[Path], list[Path]]:
 PUBLIC: dict[str, Callable[[Path], Iterator[PairRecord]]] = {
     "pick_a_pic": pick_a_pic, "hpdv2": hpdv2, "image_reward_db": image_reward_db}  # fmt: skip
 ADAPTERS = {**PUBLIC, "own": own}
-FOLDERS = {"pick_a_pic": _parquet_folder, "image_reward_db": _parquet_folder, "hpdv2": _first_of("train.json"),
+FOLDERS = {"pick_a_pic": _parquet_folder, "image_reward_db": _image_reward_folder, "hpdv2": _first_of("train.json"),
            "own": _first_of("pairs.jsonl", "pairs.csv", "pairs.parquet")}  # fmt: skip

@@ -127,8 +127,9 @@ def paired_bootstrap(a: ArrayLike, b: ArrayLike, seed: int = 0, level: float = 0
 
 
 def flatten(name: str, value: Interval) -> dict[str, float]:
-    """An Interval as entries of a metrics row: name, name/low, name/high, name/n."""
-    return {name: value["mean"], f"{name}/low": value["low"], f"{name}/high": value["high"], f"{name}/n": value["n"]}
+    """An Interval as entries of a metrics row: name, name/low, name/high, name/n; what is not known has no entry."""
+    row = {name: value["mean"], f"{name}/low": value["low"], f"{name}/high": value["high"], f"{name}/n": value["n"]}
+    return {key: number for key, number in row.items() if math.isfinite(number)}
 
 
 def unflatten(history: Iterable[Mapping[str, Any]], name: str) -> list[Interval]:

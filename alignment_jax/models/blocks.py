@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .layers import attention
+from .layers import attention, unfused
 
 Array = jax.Array
 
@@ -149,7 +149,7 @@ class TransformerBlock(nn.Module):
 
         def norm(name: str, x: Array) -> Array:
             layer_norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name)
-            return layer_norm(x).astype(self.dtype)
+            return unfused(layer_norm(x).astype(self.dtype))
 
         def attend(name: str) -> Attention:
             return Attention(self.heads, False, self.upcast, self.implementation, self.dtype, name=name)

@@ -26,12 +26,19 @@ def attention(
         where = None if mask is None else mask[:, None, None, :].astype(bool)
         return jax.nn.dot_product_attention(q, k, v, mask=where, is_causal=causal,
                                             implementation=implementation)  # type: ignore[arg-type]  # fmt: skip
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k).astype(jnp.float32) / jnp.sqrt(jnp.float32(q.shape[-1]))
+    # the queries are scaled, not the scores: XLA on CPU writes the scale out at the size of the scores
+    q = (q / jnp.sqrt(jnp.float32(q.shape[-1]))).astype(q.dtype)
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k).astype(jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :], scores, -1e9)
     if causal:
         scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -1e9)
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, -1).astype(q.dtype), v)
+
+
+def unfused(x: Array) -> Array:
+    """x, which XLA on CPU does not merge into what follows: a LayerNorm merged into the product behind it slows both."""
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def timestep_embedding(t: Array, dim: int, max_period: float = 10_000.0) -> Array:

@@ -28,7 +28,28 @@ SCHEDULERS = {
     "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm",
     "EulerAncestralDiscreteScheduler": "euler_ancestral", "DPMSolverMultistepScheduler": "dpmsolver++",
 }  # fmt: skip
-WANTED = ("model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json", "*/*.safetensors", "*/*.safetensors.index.json")
+
+
+def wanted(variant: str | None = None) -> tuple[str, ...]:
+    """Patterns of what is read of a repository on the hub; of the weights only those of `variant` ("": the plain ones).
+
+    Their `*` takes slashes too, and repositories hold a component's weights several times (fp16, non_ema, ema_only) beside
+    those of components that nobody reads (safety_checker): names are therefore written out as far as they are known.
+    """
+    files = ["model_index.json", "scheduler/scheduler_config.json"]
+    for place in ("tokenizer", "tokenizer_2"):
+        files += [f"{place}/{name}" for name in ("vocab.json", "merges.txt", "tokenizer.json", "*_config.json", "special_tokens_map.json")]
+    digits = "-?????-of-?????"
+    for component, stem in COMPONENTS.items():
+        plain = f"{component}/{stem}"
+        files.append(f"{component}/config.json")
+        if variant:  # both places of the variant in the names of shards and of their index are in use
+            files += [f"{plain}.{variant}{shard}.safetensors" for shard in ("", digits)]
+            files += [f"{plain}{digits}.{variant}.safetensors", f"{plain}.{variant}.safetensors.index.json",
+                      f"{plain}.safetensors.index.{variant}.json"]  # fmt: skip
+        else:
+            files += [f"{plain}.safetensors", f"{plain}{digits}.safetensors", f"{plain}.safetensors.index.json"]
+    return tuple(files)
 
 
 def stable_diffusion(folder: str | Path, *, height: int = 0, width: int = 0, dtype: Any = jnp.float32,

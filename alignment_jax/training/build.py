@@ -102,7 +102,7 @@ def described(config: Any) -> tuple[ModelBundle, Tree, Callable[[], Tree]]:
         entry = named(config.model, MODELS, "model")
         bundle = call(entry.factory if hasattr(entry, "factory") else entry, kwargs, "model_options")
     else:
-        path = folder(config.model)
+        path = folder(config.model, stored["variant"])
         bundle = call(stable_diffusion.stable_diffusion, kwargs, "model_options", folder=path)
     shapes = jax.eval_shape(bundle.init, jax.random.key(0))
     if source != "shipped" or path is None:
@@ -123,12 +123,12 @@ def described(config: Any) -> tuple[ModelBundle, Tree, Callable[[], Tree]]:
     return bundle, jax.tree.map(kept, shapes), components
 
 
-def folder(source: str) -> Path:
-    """A model's folder, or the copy of a hub id; a word that is neither is taken for a model's name."""
+def folder(source: str, variant: str | None = None) -> Path:
+    """A model's folder, or the copy of a hub id (its weights of `variant` alone); a word that is neither is taken for a model's name."""
     if "/" not in source and not Path(source).expanduser().exists():
         raise ValueError(f"model {source!r} is not known." + nearest(source, MODELS)
                          + " Or: a folder as diffusers writes it, a hub id owner/name, your own 'module:name'.")  # fmt: skip
-    return weight_files.resolve(source, allow=stable_diffusion.WANTED)
+    return weight_files.resolve(source, allow=stable_diffusion.wanted(variant))
 
 
 def reward(config: Any) -> Reward | None:
@@ -146,13 +146,15 @@ def reward(config: Any) -> Reward | None:
 def one_reward(spec: Any) -> Reward:
     """A reward by name or "module:name", or by {"name": either, **the factory's arguments}.
 
-    A user's own function score(images, prompts, metadata) becomes a host reward.
+    A user's own function score(images, prompts, metadata) becomes a host reward. An argument `reward` is itself one.
     """
     kwargs = {} if isinstance(spec, str) else dict(spec)
     if not isinstance(spec, str) and "name" not in kwargs:
         raise ValueError(f"a reward with arguments needs a name beside them; got {', '.join(map(str, kwargs))}")
     name = spec if isinstance(spec, str) else kwargs.pop("name")
     found = named(name, REWARDS, "reward")
+    if "reward" in kwargs:
+        kwargs["reward"] = one_reward(kwargs["reward"])
     if isinstance(found, Reward):
         found = lambda made=found: made
     elif not hasattr(found, "factory") and list(inspect.signature(found).parameters)[:1] == ["images"]:

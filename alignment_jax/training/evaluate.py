@@ -90,7 +90,7 @@ class Evaluator:
         return policy_kl(fold(keys, 1), self._network(params, base, lam), self._denoise(base), cond, self.noisy, x_T)
 
     def _combined(self, trained: Tree, frozen: Tree, base: Tree, scale: Any) -> Tree:
-        params = self.session.run.parts.partition.combine(trained, frozen["params"])
+        params = self.session.run.parts.partition.merge(trained, frozen["params"])
         return jax.tree.map(lambda b, p: b + scale * (p - b), base, params)
 
     def tuned(self, state: TrainState) -> Tree:
@@ -104,7 +104,7 @@ class Evaluator:
         return keys[first : first + num_prompts, :samples].reshape(-1), np.repeat(np.arange(first, first + num_prompts), samples)
 
     def _mapped(self, program: Any, params: Tree, lam: Any, num_prompts: int, samples: int, first: int = 0,
-                label: str = "") -> np.ndarray:  # fmt: skip
+                label: str = "", clock: list[float] | None = None) -> np.ndarray:  # fmt: skip
         from tqdm import tqdm
 
         keys, rows = self._rows(num_prompts, samples, first)
@@ -114,7 +114,10 @@ class Evaluator:
         for i in tqdm(range(0, n, size), desc=label, unit="chunk", disable=not label, leave=False):
             chosen = np.minimum(np.arange(i, i + size), n - 1)
             cond = jax.tree.map(lambda x, r=rows[chosen]: x[r], self.cond)
+            began = time.perf_counter()
             out.append(np.asarray(program(params, base, lam, keys[chosen], cond)))
+            if clock is not None:
+                clock.append((time.perf_counter() - began) / size)
         return np.concatenate(out)[:n]
 
     # -- measurements --------------------------------------------------------------------------------------------
@@ -122,11 +125,11 @@ class Evaluator:
     def measure(self, params: Tree, num_prompts: int, samples: int, lam: Any = None, label: str = "",
                 program: Any = None, first: int = 0) -> dict[str, Any]:  # fmt: skip
         """Samples of the prompts from `first` on and everything judged about them, [P, G, ...]."""
-        began = time.perf_counter()
-        x0 = self._mapped(program or self._sample, params, lam, num_prompts, samples, first, label)
-        seconds = time.perf_counter() - began
+        clock: list[float] = []
+        x0 = self._mapped(program or self._sample, params, lam, num_prompts, samples, first, label, clock)
         rows = self._rows(num_prompts, samples, first)[1]
-        return self.judged(x0, rows, (num_prompts, samples)) | {"seconds": seconds / len(rows)}
+        seconds = float(np.mean(clock[1:] or clock))  # the first chunk may have waited for a compilation
+        return self.judged(x0, rows, (num_prompts, samples)) | {"seconds": seconds}
 
     def judged(self, x0: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> dict[str, Any]:
         """The judge's and the reward's opinion of samples x0 [N,...] for the prompts `rows` [N], as [P, G, ...]."""
@@ -190,7 +193,7 @@ class Evaluator:
         chosen = jax.tree.map(lambda v: v[np.arange(p), best][:, None], {k: v for k, v in base.items() if k != "seconds"})
         models = {"base": self.numbers(base), "aligned": self.numbers(aligned), "best_of_n": self.numbers(chosen)}
         blend = []
-        pb, gb = int(e.get("blend_prompts", 64)), 4
+        pb, gb = min(int(e.get("blend_prompts", 64)), p), 4
         for lam in e.get("blend", ()):
             m = self.measure(params, pb, gb, lam=jnp.float32(lam), label=f"blend {lam:g}")
             numbers = self.numbers(m)
@@ -198,12 +201,7 @@ class Evaluator:
                           "gold": numbers["gold"], "proxy": numbers["proxy"],
                           "diversity": numbers["diversity"]["pixel_right"]})  # fmt: skip
         kl = self.kl(params, pb, 2)["mean"]
-        points = [models["base"], models["aligned"]]
-        alarm = over_optimisation.alarm(
-            [*unflatten(history, "proxy"), *(m["proxy"] for m in points)] if history else [m["proxy"] for m in points],
-            [*unflatten(history, "gold/all"), *(m["gold"] for m in points)] if history else [m["gold"] for m in points],
-            [m["diversity"]["pixel_right"] for m in points],
-        )
+        alarm = _alarm([models["base"], models["aligned"]], history, int(state.step) // int(self.config.batch.get("updates", 1)))
         curve = []
         for n in [k for k in (1, 2, 4, 8, 16) if k <= g]:
             pick = np.argmax(np.nan_to_num(base["proxy"][:, :n], nan=-np.inf), axis=1)
@@ -255,6 +253,22 @@ class Evaluator:
         prompt = self.prompts[0]
         return {
             "sample": f'python -m alignment_jax sample --model {self.config.model} --run {place} --prompts "{prompt}" --out samples',
-            "resume": f"python -m alignment_jax train --config={self.config.get('file', 'configs/critters.py')} --workdir={place}",
+            "resume": f"python -m alignment_jax train --config={self.config.get('file', 'THE_CONFIG.py')} --workdir={place}",
             "export": f"python -m alignment_jax export --run {place} --out {Path(self.config.model).name}_aligned.safetensors",
         }
+
+
+def _alarm(points: list[dict[str, Any]], history: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """The alarm on the report's prompts, or else on those watched up to `step`: means of different prompts do not compare.
+
+    Each is at half the level, so that noise alone fires one of the two in at most 5 % of the runs.
+    """
+    alarm = partial(over_optimisation.alarm, level=0.975)
+    judged = alarm([m["proxy"] for m in points], [m["gold"] for m in points], [m["diversity"]["pixel_right"] for m in points])
+    watched = [row for row in history if row["step"] <= step and row.get("proxy") is not None and row.get("gold/all") is not None]
+    if judged["fired"] or len(watched) < 2 or watched[0]["step"] > 0:
+        return judged
+    while_training = alarm(unflatten(watched, "proxy"), unflatten(watched, "gold/all"))
+    if not while_training["fired"]:
+        return judged
+    return {"fired": True, "reason": f"On the prompts watched while training: {while_training['reason']}"}

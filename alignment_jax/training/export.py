@@ -41,7 +41,8 @@ def export(run: str | Path, out: str | Path, format: str = "merged", scale: floa
         _, params, config = load_run(run, scale)
         if config.model in MODELS:
             raise ValueError(f"{config.model} is no model of diffusers; use --format=merged")
-        return write_folder(build.folder(config.model), params, out, dtype)
+        source = build.folder(config.model, (config.get("model_options") or {}).get("variant"))
+        return write_folder(source, params, out, dtype)
     loaded = read_run(run, scale)
     lora = dict(loaded.config.get("lora") or {})
     if not lora:
@@ -64,12 +65,15 @@ def write_folder(source: Path, params: Tree, out: Path, dtype: Any = None) -> Pa
     for path in source.iterdir():
         if path.is_dir() and path.name not in params and not path.name.startswith("."):
             shutil.copytree(path, out / path.name, dirs_exist_ok=True)
-        elif path.name == "model_index.json":
-            shutil.copy(path, out / path.name)
     for name, tree in params.items():
         (out / name).mkdir(exist_ok=True)
         shutil.copy(source / name / "config.json", out / name / "config.json")
         files.save_component(out / name, tree, stem=stable_diffusion.COMPONENTS[name], dtype=dtype)
+    shutil.copy(source / "model_index.json", out / "model_index.json")
+    index = json.loads((source / "model_index.json").read_text())
+    absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is not None and not (out / k).is_dir()]
+    if absent:  # what is not read, such as a safety checker, is not written either
+        (out / "model_index.json").write_text(json.dumps(index | dict.fromkeys(absent, [None, None]), indent=2) + "\n")
     return out
 
 

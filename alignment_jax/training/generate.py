@@ -73,6 +73,7 @@ def load_run(workdir: str | Path, scale: float | None = None,
 def partition_of(config: Any) -> Partition:
     """What a config trains."""
     settings = dict(config.get("lora") or {})
+    settings.pop("file", None)  # a run holds all of its factors itself
     return build.call(lora_partition, settings, "lora") if settings else full_partition(config.get("trainable", "unet"))
 
 

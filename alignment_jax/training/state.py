@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..models import lora as lora_lib
+from ..weights import lora_files
 
 Array = jax.Array
 Tree = Any
@@ -47,10 +49,11 @@ class Partition(NamedTuple):
     merge: Callable[[Tree, Tree], Tree]
 
 
-def lora_partition(*, rank: int, targets: str = "unet", scale: float = 1.0, alpha: float | None = None) -> Partition:
+def lora_partition(*, rank: int, targets: str = "unet", scale: float = 1.0, alpha: float | None = None, file: str = "") -> Partition:
     """Trains low-rank factors over frozen parameters: W + scale a b, scale = alpha / rank where alpha is given.
 
-    targets: a name in models.lora.TARGETS, or a regular expression over paths. Raises ValueError for scale beside alpha.
+    targets: a name in models.lora.TARGETS, or a regular expression over paths. file: a LoRA file of diffusers, PEFT or
+    kohya's tools to start from. Raises ValueError for scale beside alpha, and for a file that does not fit.
     """
     if alpha is not None:
         if scale != 1.0:
@@ -58,7 +61,8 @@ def lora_partition(*, rank: int, targets: str = "unet", scale: float = 1.0, alph
         scale = alpha / rank
 
     def init(key: Array, params: Tree) -> tuple[Tree, Tree]:
-        return lora_lib.init(key, params, rank=rank, targets=targets), params
+        fresh = lora_lib.init(key, params, rank=rank, targets=targets)
+        return (lora_files.factors(Path(file).expanduser(), params, fresh, scale=scale)[0] if file else fresh), params
 
     return Partition(init, lambda trained, frozen: lora_lib.attach(frozen, trained, scale),
                      lambda trained, frozen: lora_lib.merge(frozen, trained, scale))  # fmt: skip

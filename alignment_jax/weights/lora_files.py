@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -131,6 +132,44 @@ def read_lora(path: str | Path, like: Tree, *, prefix: str | Mapping[str, str] =
         flat[f"{kernel}/a"] = a
         flat[f"{kernel}/b"] = b if scales[kernel] == scale else b * np.float32(scales[kernel] / scale)
     return unflatten_dict(flat, sep="/"), scale
+
+
+def factors(
+    path: str | Path, like: Tree, fresh: Tree | None = None, *, scale: float = 1.0
+) -> tuple[Tree, dict[str, int], float]:
+    """(factors to train on from, rank of every kernel, scale): W + scale a b is what the file, of any format, makes of W.
+
+    like: the model's parameters (arrays or shapes). fresh: the factors that the run would start from without the file, of
+    the same top keys; its kernels are those that are trained, its ranks the ones wanted. Kernels that the file leaves out
+    start as in fresh, and so do the directions beyond a lower rank, whose b = 0 changes nothing. scale: the run's own; b is
+    what the file's alpha / rank is folded into. Raises ValueError for a file of another model (see `read_lora`), for kernels
+    that the run does not train and for another rank.
+    """
+    path = Path(path).expanduser()
+    if not scale > 0:
+        raise ValueError(f"a LoRA cannot go on from {path} at scale {scale}; choose one above 0, or alpha")
+    read, own = read_lora(path, like, prefix={name: name for name in like if name != "vae"})
+    flat = {k: np.asarray(v) for k, v in flatten_dict(read, sep="/").items()}
+    kernels = list(dict.fromkeys(k.rpartition("/")[0] for k in flat))
+    ranks = {k: flat[f"{k}/a"].shape[1] for k in kernels}
+    ours = {f"{k}/a": flat[f"{k}/a"] for k in kernels} | {f"{k}/b": flat[f"{k}/b"] * np.float32(own / scale) for k in kernels}
+    if fresh is None:
+        return unflatten_dict(ours, sep="/"), ranks, scale
+    start: dict[str, Any] = flatten_dict(fresh, sep="/")
+    if left := [k for k in kernels if f"{k}/a" not in start]:
+        tops = ", ".join(dict.fromkeys(k.partition("/")[0] for k in left))
+        raise ValueError("\n  ".join([f"{path} adapts {len(left)} of {len(kernels)} kernels that this run does not train, in {tops}:",
+                                      *left[:10]]) + "\nWiden lora.targets to them, or give a file without them.")  # fmt: skip
+    wanted = {k: start[f"{k}/a"].shape[1] for k in kernels}
+    high = max(kernels, key=lambda k: (ranks[k] - wanted[k], ranks[k]))
+    if ranks[high] > wanted[high] or max(ranks.values()) < max(wanted.values()):
+        raise ValueError(f"{path} has factors of rank {ranks[high]} and this run's are of rank {wanted[high]}, as at {high}; set "
+                         f"lora.rank={max(ranks.values())}")  # fmt: skip
+    for k in kernels:
+        more = start[f"{k}/a"][:, ranks[k] :]
+        start[f"{k}/a"] = jnp.concatenate([ours[f"{k}/a"], more], 1)
+        start[f"{k}/b"] = jnp.pad(ours[f"{k}/b"], ((0, more.shape[1]), (0, 0)))
+    return unflatten_dict(start, sep="/"), ranks, scale
 
 
 def _modules(

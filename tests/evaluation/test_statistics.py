@@ -131,3 +131,12 @@ def test_an_interval_survives_the_metrics_file() -> None:
     value = interval(0.5, 0.4, 0.6, 100)
     history = [{"step": 0}, {"step": 1, **flatten("gold/all", value)}]
     assert unflatten(history, "gold/all") == [value]
+
+
+def test_ends_that_are_not_known_are_left_out_of_the_metrics_file() -> None:
+    """The trap: NaN is no JSON, and one watched prompt has no interval over prompts."""
+    one = bootstrap_mean([0.3])
+    assert flatten("d", one) == {"d": 0.3, "d/n": 1}
+    back = unflatten([flatten("d", one)], "d")[0]
+    assert back["mean"] == 0.3 and math.isnan(back["low"]) and math.isnan(back["high"])
+    assert flatten("d", mean_interval([math.nan])) == {"d/n": 0} and unflatten([{"d/n": 0}], "d") == []

@@ -1,0 +1,42 @@
+"""Train a reward model on preference pairs of critters, and learn how far it can be believed.
+
+  python -m alignment_jax label --guidance_scale=2 --pairs=4096 --out=data_cache/critters_pairs.npz
+  python -m alignment_jax train-reward --config=configs/critters_reward.py:picture --workdir=runs/reward
+  python -m alignment_jax train --config=configs/critters.py:default --workdir=runs/by_reward \
+      --config.reward='{"name": "trained", "folder": "runs/reward"}'
+
+picture: a score of pictures, its network started from the recogniser of the proxy reward. noisy: a score of the chain's states
+for methods that judge steps (lpo). people: a score for each annotator, for pairs that name several.
+"""
+
+from ml_collections import ConfigDict
+
+ARGUMENTS = ("picture", "noisy", "people")
+
+
+def get_config(which: str = "picture") -> ConfigDict:
+    if which not in ARGUMENTS:
+        raise ValueError(f"configs/critters_reward.py has no {which!r}; choose one of {', '.join(ARGUMENTS)}")
+    c = ConfigDict()
+    c.name = f"critters_reward:{which}"
+    c.seed = 0
+    c.steps = 400
+    c.batch = 64  # pairs
+    c.learning_rate = 1e-3
+    c.checkpoint_every = 100
+    c.pairs = "data_cache/critters_pairs.npz"  # an .npz of `label`, or whatever data.pairs of a run may be
+    c.data_dir = "data_cache"
+    c.held_out = 0.15  # of the prompts
+    c.reads = "noisy" if which == "noisy" else "picture"
+    c.trunk = "proxy"  # or "none": a picture network from nothing
+    c.trunk_rate = 0.1  # of the learning rate
+    c.model = "critters"  # of a noisy reward: whose states, a name or a folder as diffusers writes it
+    c.layers = "^(down|mid)"  # and which of its layers are read
+    c.width = 128
+    c.augment = True  # pictures are changed at random while it is trained
+    c.ties = "half"  # a tie is half a win each; "davidson": an answer of its own; "drop"
+    c.own = which == "people"  # a score for each annotator
+    c.temperature = False  # how unsure each annotator is
+    c.offset = False  # how much each annotator likes the picture shown first
+    c.judge = "critters_gold"  # whose order the model's is compared with; "" for nobody's
+    return c
