@@ -1,4 +1,4 @@
-"""python -m alignment_jax {train, sample, evaluate, score, label, export, convert, list, selfcheck}."""
+"""python -m alignment_jax {train, train-reward, sample, evaluate, score, label, export, convert, list, selfcheck}."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ FLAGS = flags.FLAGS
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; a mistake of the user ends with one message and exit code 2, not with a traceback."""
     argv = list(sys.argv if argv is None else argv)
-    commands = {"train": (_train_flags, train), "sample": (_sample_flags, sample), "evaluate": (_evaluate_flags, evaluate),
+    commands = {"train": (_train_flags, train), "train-reward": (_train_flags, train_reward),
+                "sample": (_sample_flags, sample), "evaluate": (_evaluate_flags, evaluate),
                 "score": (_score_flags, score), "label": (_label_flags, label), "export": (_export_flags, export),
                 "convert": (_convert_flags, convert), "list": (_list_flags, list_),
                 "selfcheck": (_selfcheck_flags, selfcheck)}  # fmt: skip
@@ -90,6 +91,16 @@ def train(rest: Sequence[str]) -> None:
         print(f"report: {report}")
 
 
+def train_reward(rest: Sequence[str]) -> None:
+    """Trains a reward model on preference pairs into --workdir; a run then takes it as {"name": "trained", "folder": WORKDIR}."""
+    _no_more(rest)
+    _compilation_cache()
+    from .training import reward_model
+
+    if reward_model.train(FLAGS.config, FLAGS.workdir):
+        print(f"reward: --config.reward='{{\"name\": \"trained\", \"folder\": \"{FLAGS.workdir}\"}}'")
+
+
 # -- sample --------------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +113,8 @@ def _sample_flags() -> None:
     flags.DEFINE_multi_float("lora_scale", [], "How much of each LoRA is used; 1 unless given.")
     flags.DEFINE_string("prompts", None, "A prompt, or a txt, jsonl or csv file of prompts.")
     flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+    flags.DEFINE_string("negative_run", "", "Workdir of a run on swapped labels (method.negative): guidance leads away from its network.")
+    flags.DEFINE_float("negative_merge", 0.0, "The share of the pictures' own model mixed into it, 0 to 1; more for high guidance.")
     flags.DEFINE_string("out", None, "Folder for the pictures.")
     flags.DEFINE_string("scheduler", None, "ddim, ddpm, euler, euler_ancestral, dpmsolver++, sde-dpmsolver++ or lcm.")
     flags.DEFINE_string("spacing", None, "Where its times lie: leading, trailing or linspace.")
@@ -134,7 +147,8 @@ def sample(rest: Sequence[str]) -> None:
     written = generate(model=FLAGS.model, weights_file=FLAGS.weights, run=FLAGS.run, scale=FLAGS.scale, prompts=FLAGS.prompts,
                        out=FLAGS.out, seed=FLAGS.seed, samples=FLAGS.samples, noise=FLAGS.noise,
                        save_arrays=FLAGS.save_arrays, settings=settings, negative=FLAGS.negative_prompt, batch=FLAGS.batch,
-                       options=_given("height", "width", "dtype", "variant"), loras=list(zip(files, scales)))  # fmt: skip
+                       options=_given("height", "width", "dtype", "variant"), loras=list(zip(files, scales)),
+                       negative_run=FLAGS.negative_run, negative_merge=FLAGS.negative_merge)  # fmt: skip
     print(f"{len(written)} pictures in {FLAGS.out}")
 
 
@@ -166,8 +180,15 @@ def _label_flags() -> None:
     flags.DEFINE_string("model", "critters", "A model's name (list models), or module:factory.")
     flags.DEFINE_string("run", None, "Workdir of a run: its tuned parameters are used.")
     flags.DEFINE_string("prompts", "critters:train", "A txt, jsonl or csv file of prompts, or critters:train.")
-    flags.DEFINE_string("annotator", "critters_annotator", "Who compares: a name, or module:factory.")
-    flags.DEFINE_integer("pairs", 4096, "Pairs to make.", lower_bound=1)
+    flags.DEFINE_multi_string("annotator", ["critters_annotator"], "Who compares: an annotator, a reward (list rewards), or "
+                              "module:factory of either; given several times, all answer.")  # fmt: skip
+    flags.DEFINE_bool("both_orders", False, "Each comparison is asked twice, with the pictures swapped: no side is favoured.")
+    flags.DEFINE_float("temperature", None, "Of a reward's answers: the difference of scores that wins 73 % of them; 1 unless given.")
+    flags.DEFINE_float("tie", None, "Scores of a reward that differ by less are a tie.")
+    flags.DEFINE_float("noise", None, "The share of a reward's answers that are given at random.")
+    flags.DEFINE_bool("soft", None, "A reward's answers are probabilities, not choices.")
+    flags.DEFINE_integer("pairs", 4096, "Pairs, or lists, to make.", lower_bound=1)
+    flags.DEFINE_integer("list", 0, "Write lists of that many pictures with their scores instead of pairs.", lower_bound=0)
     flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance.")
     flags.DEFINE_integer("num_steps", None, "Network calls a picture.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise and of the annotator.")
@@ -181,10 +202,15 @@ def label(rest: Sequence[str]) -> None:
     _compilation_cache()
     from .training.label import label as make
 
-    settings = _given("num_steps", "guidance_scale")
-    made = make(model=FLAGS.model, run=FLAGS.run, prompts=FLAGS.prompts, annotator=FLAGS.annotator, out=FLAGS.out,
-                seed=FLAGS.seed, pairs=FLAGS.pairs, settings=settings)  # fmt: skip
-    print(f"{made['pairs']} pairs, {made['ties']} of them ties, in {FLAGS.out}")
+    made = make(model=FLAGS.model, run=FLAGS.run, prompts=FLAGS.prompts, annotator=FLAGS.annotator, out=FLAGS.out, seed=FLAGS.seed,
+                pairs=FLAGS.pairs, size=FLAGS.list, swap=FLAGS.both_orders, settings=_given("num_steps", "guidance_scale"),
+                options=_given("temperature", "tie", "noise", "soft"))  # fmt: skip
+    if FLAGS.list:
+        print(f"{made['lists']} lists of {made['size']} in {FLAGS.out}")
+        return
+    print(f"{made.pop('pairs')} pairs, {made.pop('ties')} of them ties, in {FLAGS.out}")
+    for who, found in made.items():
+        print(f"{who} agree on {found['agreement']:.3f} of {found['n']} pairs, kappa {found['kappa']:.3f}")
 
 
 # -- list ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from alignment_jax.evaluation.statistics import unflatten
+from alignment_jax.training import count
 from alignment_jax.training.logging import read
 from alignment_jax.training.loop import plain
 
@@ -37,11 +38,13 @@ def test_measure(name, tmp_path):
     subprocess.run([sys.executable, "-m", "alignment_jax", *command], check=True, cwd=ROOT)
     summary = json.loads((workdir / "summary.json").read_text())
     rows = [row for row in read(workdir / "metrics.jsonl") if "gold/all" in row]
+    calls = count.one_step(CONFIGS["get_config"](name))
     over_time = {key: unflatten(rows, key) for key in SERIES}
     curve = {
         "name": name, "method": summary["method"], "seed": summary["seed"], "config": plain(CONFIGS["get_config"](name)),
         "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].platform} device, jax {jax.__version__}",
-        "wall_seconds": summary["wall_seconds"], "trained_parameters": summary["trained_parameters"], "kl": summary["kl"],
+        "wall_seconds": summary["wall_seconds"], "calls_a_step": calls, "network_calls": count.network_calls(calls) * rows[-1]["step"],
+        "trained_parameters": summary["trained_parameters"], "kl": summary["kl"],
         "alarm": summary["alarm"], **{m: {k: summary[m][k] for k in ("gold", "proxy", "diversity")} for m in ("base", "aligned")},
         "over_time": [{"step": row["step"], "seconds": row["time"], "kl": row["kl/path"], **{k: over_time[k][i] for k in SERIES}}
                       for i, row in enumerate(rows)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment_jax.algorithms import ALGORITHMS
-from alignment_jax.diffusion import Sampler, cosine, sampling_grid
+from alignment_jax.algorithms.dpo import diffusion_dpo
+from alignment_jax.diffusion import Sampler, cosine, rectified_flow, sampling_grid
 from alignment_jax.models.bundle import ModelBundle
 from alignment_jax.rewards.base import Reward
 from alignment_jax.training import step as steps
@@ -36,9 +38,12 @@ class Correction(nn.Module):
         return out.astype(jnp.float32)
 
 
-def mixture_bundle(dtype=jnp.float32) -> ModelBundle:
-    """Four modes of equal weight; the exact posterior mean plus a trainable correction; cond {"label" [B, 2]}."""
-    net, schedule = Correction(dtype), cosine(t_max=0.98)
+def mixture_bundle(dtype=jnp.float32, flow: bool = False) -> ModelBundle:
+    """Four modes of equal weight; the exact posterior mean plus a trainable correction; cond {"label" [B, 2]}.
+
+    flow: on a rectified flow.
+    """
+    net, schedule = Correction(dtype), rectified_flow(t_max=0.98) if flow else cosine(t_max=0.98)
 
     def exact(x, t):
         a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
@@ -71,21 +76,31 @@ def near(params, observation, condition):
 
 # what makes each method learn on the mixture within its budget: overrides of its defaults
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {}, "raft": {}, "ddpo": {"clip_range": 0.2, "advantage": "group"},
+    "sft": {}, "raft": {}, "rwr": {"lam": 2.0, "refresh": 10}, "lee": {"low": -1.0, "high": 0.0, "beta": 0.0},
+    "ddpo": {"clip_range": 0.2, "advantage": "group"},
+    "dpok": {"clip_range": 0.2, "critic_learning_rate": 1e-2}, "flow_grpo": {"clip_range": 0.2}, "dance_grpo": {"clip_range": 0.2},
+    "mix_grpo": {"clip_range": 0.2, "window": 3, "every": 2},
     "diffusion_nft": {"reference_weight": 0.01, "old_decay": 0.3, "adaptive": False}, "guidance_distillation": {},
+    "adjoint_matching": {"lam": 2.0}, "prdp": {"beta": 0.5}, "awm": {"reference_weight": 0.01, "adv_clip": 1.0},
+    "diffusion_kto": {"beta": 25.0}, "mapo": {"margin_scale": 10.0}, "spin": {"beta": 50.0, "every": 10},
+    "inpo": {"beta": 50.0, "steps": 3}, "smpo": {"beta": 50.0, "steps": 2, "gamma": 1.0}, "rank_dpo": {"beta": 25.0},
     "diffusion_dpo": {"beta": 50.0}, "refl": {"window": 0.5}, "draft": {"k": 3, "anchor_weight": 0.01},
-    "alignprop": {"mean_k": 4.0, "std_k": 2.0},
+    "drtune": {"k": 3}, "srpo": {"ceiling": 0.5}, "alignprop": {"mean_k": 4.0, "std_k": 2.0},
+    "d3po": {"clip_range": 0.9, "pairs": "all"}, "spo": {"clip_range": 0.9},
+    "lpo": {"clip_range": 0.9, "beta": 10.0, "threshold": 0.1},
+    "online": {"loss": partial(diffusion_dpo, beta=50.0)}, "semi_online": {"loss": partial(diffusion_dpo, beta=50.0)},
 }  # fmt: skip
-ETA = {"ddpo": 1.0}
-LEARNING_RATE = {"ddpo": 1e-3}
+ETA = {"ddpo": 1.0, "dpok": 1.0, "adjoint_matching": 1.0, "prdp": 1.0, "d3po": 1.0, "spo": 1.0, "lpo": 1.0}
+FLOW_SDE = {"flow_grpo": ("sqrt", 0.7), "dance_grpo": ("constant", 0.7), "mix_grpo": ("sqrt", 0.7)}  # these methods get a rectified flow
+LEARNING_RATE = dict.fromkeys(["ddpo", "dpok", "flow_grpo", "dance_grpo", "mix_grpo", "d3po"], 1e-3)
 
 
 def mixture_run(name: str, *, lora: bool = False, learning_rate: float | None = None, reward=near, dtype=jnp.float32,
                 eta: float | None = None, **overrides):  # fmt: skip
     """(parts, programs, state, frozen, sampler) of a method on the mixture."""
-    bundle = mixture_bundle(dtype)
+    bundle = mixture_bundle(dtype, flow=name in FLOW_SDE)
     grid = sampling_grid(bundle.schedule, 6)
-    sampler = Sampler(bundle.schedule, grid, "x0", eta=ETA.get(name, 0.0) if eta is None else eta)
+    sampler = Sampler(bundle.schedule, grid, "x0", eta=ETA.get(name, 0.0) if eta is None else eta, flow_sde=FLOW_SDE.get(name))
     entry = ALGORITHMS[name]
     kwargs = {"sampler": sampler, "shape": (2,), "group": 8} | SETTINGS[name] | overrides
     import inspect
@@ -112,6 +127,12 @@ def mixture_data(needs: str, key: jax.Array, n: int = 64) -> dict[str, Any]:
         data["x0"] = good
     if needs == "pairs":
         data |= {"winner": good, "loser": bad, "preference": jnp.ones(n)}
+    if needs == "desirable":
+        data |= {"x0": jnp.concatenate([good[: n // 2], bad[n // 2 :]]), "desirable": (jnp.arange(n) < n // 2).astype(jnp.float32)}
+    if needs == "lists":
+        near_ = jnp.asarray(CENTRES)[other][:, None] + WIDTH * jax.random.normal(jax.random.fold_in(key, 3), (n, 2, 2))
+        data["list"] = jnp.concatenate([bad[:, None], good[:, None], near_], 1)
+        data["score"] = near(None, data["list"], None)
     return data
 
 

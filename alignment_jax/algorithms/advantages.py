@@ -98,10 +98,11 @@ def zero_groups(advantages: Array, size: int) -> Array:
 
 
 Rule = Callable[[Array, Array, Any], tuple[Array, Any]]
+Memory = Callable[[], Any]
 
 
-def rule(kind: str, size: int, num_prompts: int, buffer: int, min_count: int) -> tuple[Rule, Callable[[], Any]]:
-    """(advantages(rewards, prompt_id, memory) -> ([B], memory), empty memory) of a method's `advantage` option."""
+def rule(kind: str, size: int, num_prompts: int, buffer: int, min_count: int) -> tuple[Rule, Memory]:
+    """(advantages(rewards [B], prompt_id, memory) -> ([B], memory), empty memory) of a method's `advantage` option."""
     plain: dict[str, Callable[[Array], Array]] = {
         "batch": batch, "group": lambda r: group(r, size), "group_batch_std": lambda r: group(r, size, std="batch"),
         "rloo": lambda r: leave_one_out(r, size),

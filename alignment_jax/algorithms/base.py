@@ -29,14 +29,16 @@ class Own(NamedTuple):
 class Needs(NamedTuple):
     """What the loop must provide.
 
-    data: "prompts" {"cond", "prompt_id", "condition"}, "labels" (also "x0"), "pairs" (also "winner" and "loser").
+    data: "prompts" {"cond", "prompt_id", "condition"}, "labels" (also "x0"), "desirable" (also "x0" and "desirable"
+      [B], the probability that it is good), "pairs" (also "winner" and "loser"; "preference" and "weight" [B]), "lists" (also
+      "list" [B, K, ...] and "score" [B, K] or [B, K, M]).
     reward: None; "value": scores [B] of the rollout; "gradient": networks["reward"](keys, x0, condition) -> [B], to be
       differentiated; "step": networks["reward"](x, x0, t, cond, condition) -> [B], the value of a state inside the rollout,
       for rewards on the device.
     copies: other networks by name and how each follows the policy: "frozen", ("ema", decay), ("every", steps).
       Always there: "policy", with the sampler's guidance, and "unguided", the policy without it.
     guidance: guidance scales by network name where they are not the sampler's.
-    own: networks of the algorithm's own by name.
+    own: networks of the algorithm's own by name. columns: names of a reward's columns that the method reads itself.
     """
 
     data: str = "prompts"
@@ -44,6 +46,7 @@ class Needs(NamedTuple):
     copies: Mapping[str, Any] = {}
     guidance: Mapping[str, float] = {}
     own: Mapping[str, Own] = {}
+    columns: tuple[str, ...] = ()
 
 
 class Algorithm(NamedTuple):

@@ -1,7 +1,7 @@
 """D3PO: the preference between two whole trajectories of a prompt, as DPO on the likelihood of each of their steps
 (arXiv 2311.13231).
 
-Departures: ratios are formed from the difference of means, exactly 1 at the reference; all steps are items of one update, where
+Departures: ratios are formed from the difference of means, 1 at the reference to 1e-6; all steps are items of one update, where
 the official code takes one update a step; ties leave the mean, where there they add the constant log 2.
 """  # fmt: skip
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..diffusion import Sampler, initial, log_ratio, sample, transition
 from .base import Algorithm, Info, Needs, Networks, Tree, fold
+from .dpo import accuracy
 from .losses import logistic
 from .pairs import check, choose, shares
 
@@ -48,7 +49,7 @@ def step_pair(sampler: Sampler, *, beta: float, clip_range: float, reduce: str) 
         clipped = jnp.clip(ratio, np.log(1 - clip_range), np.log(1 + clip_range))
         u = beta * (clipped[:, 0] - clipped[:, 1])
         deviation, weight = jnp.abs(jnp.exp(ratio) - 1).max(1), items["weight"]
-        info = {"implicit_accuracy": jnp.where(u == 0, 0.5, (u > 0).astype(jnp.float32)), "margin": u,
+        info = {"implicit_accuracy": accuracy(u), "margin": u,
                 "log_ratio/winner": ratio[:, 0], "log_ratio/loser": ratio[:, 1],
                 "ratio/clip_fraction": (clipped != ratio).mean(1)}  # fmt: skip
         return weight * logistic(u), {k: weight * v for k, v in info.items()} | {"ratio/deviation_max": deviation}

@@ -35,12 +35,9 @@ def diffusion_dpo(sampler: Sampler, *, beta: float = 5000.0, link: str = "logist
     The noise must be shared inside a pair: with independent noise the optimum of the 1-D toy is .50, not 1.30.
     """
     anchor, loss = pairwise(sampler, lambda keys, items, side: noised(keys, items[side], sampler.schedule), beta=beta, link=link,
-                            label_smoothing=label_smoothing, weight_space=weight_space, safeguard=safeguard)  # fmt: skip
-
-    def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        return {**data, "winner": data["loser"], "loser": data["winner"]} if negative else data
-
-    return Algorithm(Needs("pairs", copies={"reference": "frozen"}, guidance=PLAIN), loss, rollout=rollout, anchor=anchor)
+                            label_smoothing=label_smoothing, weight_space=weight_space, safeguard=safeguard,
+                            sides=SIDES[::-1] if negative else SIDES)  # fmt: skip
+    return Algorithm(Needs("pairs", copies={"reference": "frozen"}, guidance=PLAIN), loss, anchor=anchor)
 
 
 def residual(denoise: Denoise, x_t: Array, t: Array, eps: Array, x0: Array, cond: Tree, sampler: Sampler,
@@ -81,7 +78,8 @@ def loser_share(won: Array, lost: Array, mu: float) -> Array:
 
 def pairwise(sampler: Sampler, states: Callable[[Array, Tree, str], tuple[Array, Array, Array]], *, beta: float,
              link: str = "logistic", label_smoothing: float = 0.0, weight_space: str = "native",
-             safeguard: float | None = None, gamma: float | None = None) -> tuple[Callable, Callable]:  # fmt: skip
+             safeguard: float | None = None, gamma: float | None = None,
+             sides: tuple[str, str] = SIDES) -> tuple[Callable[..., Tree], Callable[..., tuple[Array, Info]]]:  # fmt: skip
     """(anchor, loss) of a pair method; states(keys, items, side) -> (x_t, t, eps) says where the errors are measured.
 
     safeguard mu: to first order, in the space of outputs, a pair's step leaves at least mu of its winner's descent; only
@@ -100,7 +98,7 @@ def pairwise(sampler: Sampler, states: Callable[[Array, Tree, str], tuple[Array,
 
     def residuals(name: str, keys: Array, networks: Networks, items: Tree) -> list[Array]:
         return [residual(networks[name], *states(keys, items, side), items[side], items["cond"], sampler, weight_space)
-                for side in SIDES]  # fmt: skip
+                for side in sides]  # fmt: skip
 
     def anchor(keys: Array, networks: Networks, items: Tree) -> Tree:
         missed = residuals("reference", keys, networks, items)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Denoise, Sampler, expand, normal, predict
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, uniform
+from ..diffusion import Denoise, Sampler, expand, fold_in, normal, predict
+from .base import Algorithm, Info, Needs, Networks, Tree, fold
 from .dpo import PLAIN, SIDES, pairwise
 from .losses import noised
 
@@ -23,15 +23,17 @@ def invert(denoise: Denoise, x0: Array, t: Array, cond: Tree, sampler: Sampler, 
     eta: the share of each step's noise that is drawn anew, sqrt(1 - eta^2) eps + eta z, from keys [B].
     """
     schedule, shape = sampler.schedule, x0.shape
+    if eta and keys is None:
+        raise ValueError(f"noise that is drawn anew, eta={eta}, needs keys [B]")
     grid = jnp.linspace(schedule.t_min, schedule.t_max, steps + 1)[1:]
     grid = jnp.round(grid) if schedule.discrete else grid
 
-    def step(carry: tuple[Array, Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+    def step(carry: tuple[Array, Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array, Array], None]:
         x, alpha, sigma, open_ = carry
         i, until = inputs
         to = jnp.minimum(until, t)
         alpha_, sigma_ = schedule.alpha(to), schedule.sigma(to)
-        z = normal(fold(keys, i), shape) if eta and keys is not None else 0.0
+        z = normal(fold_in(keys, i), shape) if eta and keys is not None else 0.0
 
         def moved(eps: Array) -> Array:
             clean = (x - expand(sigma, x) * eps) / expand(alpha, x)

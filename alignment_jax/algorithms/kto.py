@@ -11,7 +11,7 @@ from .dpo import PLAIN, SIDES, accuracy, check, residual
 from .losses import noised
 
 Array = jax.Array
-# -U up to a constant: gains flatten and losses flatten (Kahneman and Tversky), gains flatten, losses flatten
+# -U up to a constant: U = sigma(h), the concave log sigma(h), the convex -log sigma(-h)
 UTILITIES = {"kto": lambda h: 1 - jax.nn.sigmoid(h), "loss_averse": lambda h: jax.nn.softplus(-h),
              "risk_seeking": lambda h: -jax.nn.softplus(h)}  # fmt: skip
 
@@ -60,7 +60,9 @@ def diffusion_kto(sampler: Sampler, *, data: str = "pairs", beta: float = 1000.0
         h, d = beta * (-drift - items["offset"]), items["desirable"]
         value = desirable_weight * d * v(h) + undesirable_weight * (1 - d) * v(-h)
         share = jnp.clip(items["share"], 1e-6, 1 - 1e-6)
-        return value, {"implicit_accuracy": accuracy((2 * d - 1) * h), "margin": (2 * d - 1) * h,
+        # rollout and update are two programs and round differently: a gain of that size is a tie
+        gain = jnp.where(jnp.abs(drift + items["offset"]) > 1e-6 * items["reference_error"], h, 0.0)
+        return value, {"implicit_accuracy": accuracy((2 * d - 1) * gain), "margin": (2 * d - 1) * h,
                        "winner_drift": d / share * drift, "loser_drift": (1 - d) / (1 - share) * drift}  # fmt: skip
 
     return Algorithm(Needs(data, copies={"reference": "frozen"}, guidance=PLAIN), loss, rollout=rollout, prepare=prepare)

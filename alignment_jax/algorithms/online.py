@@ -26,7 +26,8 @@ OLDEST = -(2**30)
 
 def online(sampler: Sampler, shape: tuple[int, ...], *, group: int = 4, loss: Callable[[Sampler], Algorithm] = diffusion_dpo,
            pairs: str = "best_worst", drawn: bool = False, temperature: float = 1.0, sure: float = 0.6, tie: float = 0.0,
-           generator: Any = None, reference: Any = "frozen", buffer: int = 0, max_age: int = 1, cond: Tree = None) -> Algorithm:  # fmt: skip
+           generator: Any = None, reference: Any = "frozen", buffer: int = 0, max_age: int = 1,
+           cond: Tree = None) -> Algorithm:  # fmt: skip
     """The loss of a pair method on pairs of samples of the policy: best against worst of the group, all, or two at random.
 
     Labels are Bradley-Terry's p = sigma((r_w - r_l) / temperature), 1 above `sure` (.5: all hard, 1: all soft), a tie 1/2 within
@@ -42,7 +43,7 @@ def online(sampler: Sampler, shape: tuple[int, ...], *, group: int = 4, loss: Ca
         x0, ties = rollout["x0"], (chosen.preference == 0.5).astype(jnp.float32)
         made = {"winner": x0[chosen.winner], "loser": x0[chosen.loser], "preference": chosen.preference,
                 "counts": chosen.counts, "row": chosen.winner}  # fmt: skip
-        gap = (rewards[chosen.winner] - rewards[chosen.loser]) * chosen.counts
+        gap = rewards[chosen.winner] - rewards[chosen.loser]
         return made, {"pairs/ties": (ties * shares(chosen.counts)).mean(),
                       "pairs/gap": (jnp.where(chosen.counts > 0, gap, 0.0) * shares(chosen.counts)).mean()}  # fmt: skip
 
@@ -72,9 +73,9 @@ def _driver(sampler: Sampler, shape: tuple[int, ...], loss_: Callable[[Sampler],
     inner = loss_(sampler)
     plain = Algorithm._field_defaults
     if inner.needs.data != "pairs" or inner.needs.reward or inner.rollout is not plain["rollout"]:
-        raise ValueError("the driver's loss must be a method that learns from given pairs alone, such as diffusion_dpo; got one that "
-                         f"needs {inner.needs.data} and "
-                         + (f"a reward ({inner.needs.reward})" if inner.needs.reward else "draws for itself"))  # fmt: skip
+        more = f" and a reward ({inner.needs.reward})" if inner.needs.reward else " and has a rollout of its own"
+        raise ValueError("the driver's loss must be a method that learns from given pairs alone, such as diffusion_dpo or mapo; "
+                         f"got one that needs {inner.needs.data}{more if inner.needs.data == 'pairs' else ''}")  # fmt: skip
     if reference != "frozen" and "reference" not in inner.needs.copies:
         raise ValueError(f"reference={reference!r}, and the driver's loss has no reference network")
     if buffer and (cond is None or max_age < 2):

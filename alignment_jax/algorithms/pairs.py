@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import NamedTuple
 
 import jax
@@ -49,7 +48,7 @@ def choose(key: Array, rewards: Array, group: int, *, kind: str = "best_worst", 
         a = jnp.argmax(jnp.where(jnp.isnan(r), -jnp.inf, r), 1)[:, None]
         b = jnp.argmin(jnp.where(jnp.isnan(r), jnp.inf, r), 1)[:, None]
     elif kind == "all":
-        a, b = (jnp.broadcast_to(jnp.asarray(side), (n, len(side))) for side in np.array(list(combinations(range(group), 2))).T)
+        a, b = (jnp.broadcast_to(jnp.asarray(side), (n, len(side))) for side in np.triu_indices(group, 1))
     else:
         order = jax.vmap(lambda k: jax.random.permutation(k, group))(jax.random.split(jax.random.fold_in(key, 0), n))
         a, b = order[:, :1], order[:, 1:2]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, expand, initial, normal, predict, sample, transition
+from ..diffusion import Sampler, expand, fold_in, initial, normal, predict, sample, transition
 from .base import Algorithm, Info, Needs, Networks, Tree, fold, uniform
 from .d3po import noisy_steps, step_pair
 from .pairs import shares
@@ -52,10 +52,10 @@ def spo(sampler: Sampler, shape: tuple[int, ...], *, k: int = 4, beta: float = 1
 
         def step(x: Array, i: Array) -> tuple[Array, Tree]:
             step_ = transition(sampler, i, x, policy(x, at(i), cond))
-            own = fold(fold(keys, 2), i)
+            own = fold_in(fold(keys, 2), i)
 
             def candidate(j: Array) -> tuple[Array, Array]:
-                y = step_.mean + expand(step_.std, x) * normal(fold(own, j), x.shape)
+                y = step_.mean + expand(step_.std, x) * normal(fold_in(own, j), x.shape)
                 clean = predict(sampler.prediction, policy(y, at(i + 1), cond), y, alpha[i + 1], sigma[i + 1])[0]
                 clean = jnp.where(i + 1 == sampler.num_steps, y, clean)  # the end of the chain is the picture itself
                 return y, networks["reward"](y, clean, at(i + 1), cond, data["condition"])

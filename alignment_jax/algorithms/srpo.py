@@ -57,4 +57,4 @@ def srpo(sampler: Sampler, shape: tuple[int, ...], *, ceiling: float | None = 0.
         s = jnp.where(inversion, (1 + k[1]) * minus - plus, (1 + k[0]) * plus - minus)
         return -s if ceiling is None else jax.nn.relu(ceiling - s), {"reward": plus}
 
-    return Algorithm(Needs("prompts", "gradient"), loss, rollout=rollout)
+    return Algorithm(Needs("prompts", "gradient", columns=("wanted", "unwanted")), loss, rollout=rollout)

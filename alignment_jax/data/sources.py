@@ -1,4 +1,4 @@
-"""Endless, seeded, resumable streams of host batches: prompts, labelled pictures, preference pairs."""
+"""Endless, seeded, resumable streams of host batches: prompts, labelled pictures, preference pairs, ranked lists."""
 
 from __future__ import annotations
 
@@ -71,16 +71,32 @@ def prompt_source(prompts: Sequence[str], tokenize: Callable[[Sequence[str]], np
 
 
 def label_source(images: np.ndarray, captions: Sequence[str], tokenize: Callable[[Sequence[str]], np.ndarray], *,
-                 batch: int, seed: int, drop: float = 0.0, shard: tuple[int, int] = (0, 1)) -> Source:  # fmt: skip
-    """Batches of pictures uint8 [B,H,W,C] with their captions; a share `drop` of the captions is made empty."""
-    tokens, null = tokenize(captions), tokenize([""])[0]
+                 batch: int, seed: int, drop: float = 0.0, shard: tuple[int, int] = (0, 1),
+                 desirable: np.ndarray | None = None) -> Source:  # fmt: skip
+    """Batches of pictures uint8 [B,H,W,C] with their captions, and desirable [B] where it is given; a share `drop` of the
+    captions is made empty."""
+    return _array_source({"images": images} | ({} if desirable is None else {"desirable": desirable}), captions, tokenize,
+                         batch=batch, seed=seed, drop=drop, shard=shard)  # fmt: skip
+
+
+def list_source(lists: dict[str, Any], tokenize: Callable[[Sequence[str]], np.ndarray], *, batch: int, seed: int,
+                drop: float = 0.0, shard: tuple[int, int] = (0, 1)) -> Source:  # fmt: skip
+    """Batches of ranked lists of `prompts.load_lists`: list uint8 [B,K,H,W,C], score [B,K] or [B,K,M], one prompt a list; a
+    share `drop` of the prompts is made empty."""
+    return _array_source({k: lists[k] for k in ("list", "score")}, lists["prompts"], tokenize, batch=batch, seed=seed, drop=drop,
+                         shard=shard)  # fmt: skip
+
+
+def _array_source(arrays: dict[str, np.ndarray], texts: Sequence[str], tokenize: Callable[[Sequence[str]], np.ndarray], *,
+                  batch: int, seed: int, drop: float, shard: tuple[int, int]) -> Source:  # fmt: skip
+    tokens, null = tokenize(texts), tokenize([""])[0]
 
     def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
         dropped = rng.random(len(indices)) < drop
-        return {"images": images[indices], "tokens": _emptied(tokens[indices], dropped, null),
+        return {**{k: v[indices] for k, v in arrays.items()}, "tokens": _emptied(tokens[indices], dropped, null),
                 "prompt_id": indices.astype(np.int32)}  # fmt: skip
 
-    return Source(len(images), batch, seed, make, shard)
+    return Source(len(texts), batch, seed, make, shard)
 
 
 def pair_reader(pairs: Any, size: tuple[int, int]) -> Callable[[np.ndarray], Batch]:

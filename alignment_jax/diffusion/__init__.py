@@ -1,6 +1,6 @@
 """The mathematics of the chain: schedules, parameterisations, transitions, guidance, sampling. Pure JAX."""
 
-from .guidance import Denoise, blended, guided
+from .guidance import Denoise, blended, guided, guided_away
 from .parameterization import PREDICTIONS, predict, target
 from .sample import State, Trajectory, fold_in, gaussian_noise, initial, normal, sample
 from .schedule import (
@@ -19,8 +19,9 @@ from .schedulers import SCHEDULERS, scheduler
 from .transition import STD_FLOOR, Sampler, Transition, log_prob, log_ratio, reduce_entries, transition
 
 __all__ = [
-    "PREDICTIONS", "SCHEDULERS", "STD_FLOOR", "Denoise", "NoiseSchedule", "Sampler", "SamplingGrid", "State", "Trajectory",
-    "Transition", "blended", "cosine", "expand", "fold_in", "from_alphas_cumprod", "gaussian_noise", "guided", "initial", "linear",
-    "log_prob", "log_ratio", "normal", "predict", "rectified_flow", "reduce_entries", "sample", "sampling_grid",
-    "scaled_linear", "scheduler", "target", "transition", "zero_terminal_snr",
+    "PREDICTIONS", "SCHEDULERS", "STD_FLOOR", "Denoise", "NoiseSchedule", "Sampler", "SamplingGrid", "State",
+    "Trajectory", "Transition", "blended", "cosine", "expand", "fold_in", "from_alphas_cumprod", "gaussian_noise",
+    "guided", "guided_away", "initial", "linear", "log_prob", "log_ratio", "normal", "predict", "rectified_flow",
+    "reduce_entries", "sample", "sampling_grid", "scaled_linear", "scheduler", "target", "transition",
+    "zero_terminal_snr",
 ]  # fmt: skip

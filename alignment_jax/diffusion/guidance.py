@@ -26,13 +26,34 @@ def guided(denoise: Denoise, null_cond: Any, scale: float, *, rescale: float = 0
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), cond, null_cond)
         with_cond, without = jnp.split(denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
         without = jax.lax.stop_gradient(without) if detach_null else without
-        out = without + scale * (with_cond - without)
-        if rescale:
-            axes = tuple(range(1, x.ndim))
-            out = out * (1 - rescale + rescale * with_cond.std(axes, keepdims=True) / out.std(axes, keepdims=True))
-        return out
+        return _guidance(with_cond, without, scale, rescale)
 
     return apply
+
+
+def guided_away(positive: Denoise, negative: Denoise, null_cond: Any, scale: float, *, rescale: float = 0.0) -> Denoise:
+    """Guidance away from another network: out = neg(x, null) + scale (pos(x, cond) - neg(x, null)) (NPO, arXiv 2505.11245).
+
+    negative: a network trained on the swapped labels, with the empty or negative prompt's condition (leading axis 1 or B).
+    With negative = positive this is `guided`, at scale 1 it is positive alone. A negative network that has drifted far gives
+    large differences: lower the scale, or draw with one mixed with the positive's parameters. rescale: as in `guided`.
+    """
+    if scale == 1.0:
+        return positive
+
+    def apply(x: Array, t: Array, cond: Any) -> Array:
+        null = jax.tree.map(lambda c, n: jnp.broadcast_to(n, c.shape), cond, null_cond)
+        return _guidance(positive(x, t, cond), negative(x, t, null), scale, rescale)
+
+    return apply
+
+
+def _guidance(with_cond: Array, without: Array, scale: float, rescale: float) -> Array:
+    out = without + scale * (with_cond - without)
+    if rescale:
+        axes = tuple(range(1, out.ndim))
+        out = out * (1 - rescale + rescale * with_cond.std(axes, keepdims=True) / out.std(axes, keepdims=True))
+    return out
 
 
 def blended(policy: Denoise, reference: Denoise, lam: Array | float) -> Denoise:

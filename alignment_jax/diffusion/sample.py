@@ -60,7 +60,7 @@ def gaussian_noise(key: Array, i: Array, step: Transition) -> Array:
 
 def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array, *, start: int = 0,
            stop: int | None = None, control: Control | None = None, noise: Noise = gaussian_noise,
-           select: Select | None = None, carry: Any = None, keep: bool = False,
+           select: Select | None = None, carry: Any = None, keep: bool = False, noise_scale: Array | None = None,
            unroll: int | bool = 1) -> tuple[Array, Trajectory | Any]:  # fmt: skip
     """Walks the chain from x_T [B, ...] at step `start` to step `stop` (default: the end); one `lax.scan`.
 
@@ -72,6 +72,7 @@ def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array
       noise: noise(key, i, transition) -> x_prev: optimised or shared noise, noise inside a window only.
       select: select(key, i, State) -> State, after every step: resampling, branching, keeping known entries. Whoever
         permutes x must permute every array of the State with it.
+      noise_scale: what each step's noise [T] is multiplied by, with the mean that belongs to it; 0: a step of the ODE.
       keep: return the Trajectory; otherwise the second result is the final carry.
       unroll: passed to scan. On CPU a convolution's backward inside a scan is tens of times slower: unroll there.
 
@@ -80,6 +81,8 @@ def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array
     stop = sampler.num_steps if stop is None else stop
     if not 0 <= start < stop <= sampler.num_steps:
         raise ValueError(f"steps {start}..{stop} do not lie in a chain of {sampler.num_steps} steps")
+    if noise_scale is not None and sampler.solver == "lcm":
+        raise ValueError("solver 'lcm' is all noise or none: it has no step without; for noise_scale choose solver 'ddim'")
     times = jnp.asarray(sampler.grid.t)
     if sampler.deterministic and noise is gaussian_noise:  # noise times a traced zero would still be drawn
         noise = lambda key, i, step: step.mean  # noqa: E731
@@ -90,7 +93,7 @@ def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array
         output = denoise(x, jnp.broadcast_to(times[i], x.shape[:1]), state.cond)
         if control is not None:
             output = control(i, x, output)
-        step_ = transition(sampler, i, x, output, previous=state.x0)
+        step_ = transition(sampler, i, x, output, previous=state.x0, noise_scale=1.0 if noise_scale is None else noise_scale[i])
         state = State(noise(noise_key, i, step_), step_.x0, state.carry, state.cond)
         if select is not None:
             state = select(select_key, i, state)

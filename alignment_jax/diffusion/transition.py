@@ -76,11 +76,13 @@ class Transition(NamedTuple):
     x0: Array
 
 
-def transition(sampler: Sampler, i: Array | int, x: Array, output: Array, *, previous: Array | None = None) -> Transition:
+def transition(sampler: Sampler, i: Array | int, x: Array, output: Array, *, previous: Array | None = None,
+               noise_scale: Array | float = 1.0) -> Transition:  # fmt: skip
     """The Gaussian of step i given the state x [B, ...] and the network's output there [B, ...]; always float32.
 
     i: a step, or steps [B]. previous [B, ...]: the clean prediction of step i - 1 (anything at step 0), which only
-    "dpmsolver++" asks for. DDIM: mean = alpha' x0 + sqrt(sigma'^2 - s^2) eps with
+    "dpmsolver++" asks for. noise_scale, a scalar or [B]: what eta or the SDE's a is multiplied by, 0 for the step of the ODE;
+    "lcm" knows none. DDIM: mean = alpha' x0 + sqrt(sigma'^2 - s^2) eps with
     s = eta (sigma' / sigma) sqrt(1 - (alpha / alpha')^2)  (arXiv 2010.02502, eq. 12 and 16). DPM-Solver++(2M): the same
     with x0 + h_i / (2 h_{i-1}) (x0 - previous) for x0, h the step in log(alpha / sigma).
     Flow SDE, dt = t' - t < 0: mean = x (1 + g^2 dt / 2t) + v (1 + g^2 (1 - t) / 2t) dt, s = g sqrt(-dt).
@@ -101,14 +103,15 @@ def transition(sampler: Sampler, i: Array | int, x: Array, output: Array, *, pre
                                  "carries; for training choose solver 'ddim' (scheduler ddim, ddpm, euler or euler_ancestral)")  # fmt: skip
             x0 = x0 + expand(jnp.asarray(extrapolation(sampler.grid))[i], x) * (x0 - previous)
             eps = (x - expand(a0, x) * x0) / expand(s0, x)
-        std = sampler.eta * s1 / s0 * jnp.sqrt(jnp.clip(1 - (a0 / a1) ** 2, 0.0)) if sampler.eta else jnp.zeros_like(s1)
+        eta = sampler.eta * noise_scale
+        std = eta * s1 / s0 * jnp.sqrt(jnp.clip(1 - (a0 / a1) ** 2, 0.0)) if sampler.eta else jnp.zeros_like(s1)
         direction = jnp.sqrt(jnp.clip(s1**2 - std**2, 0.0))
         return Transition(expand(a1, x) * x0 + expand(direction, x) * eps, std, clean)
     rule, a = sampler.flow_sde
     first = jnp.asarray(sampler.grid.sigma[1])  # sigma_t diverges at t = 1: the next time stands in, as in Flow-GRPO
     s_safe = jnp.minimum(s0, jnp.maximum(first, 1 - 1e-3))
     g = a * jnp.sqrt(s_safe / (1 - s_safe)) if rule == "sqrt" else jnp.full_like(s0, a)
-    g = jnp.where(s1 == 0, 0.0, g)  # noise put back by the last step would stay in the picture
+    g = jnp.where(s1 == 0, 0.0, noise_scale * g)  # noise put back by the last step would stay in the picture
     dt = s1 - s0
     drift_x, drift_v = 1 + g**2 / (2 * s0) * dt, (1 + g**2 * (1 - s0) / (2 * s0)) * dt
     return Transition(expand(drift_x, x) * x + expand(drift_v, x) * (eps - x0), g * jnp.sqrt(-dt), x0)

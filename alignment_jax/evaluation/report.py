@@ -77,7 +77,7 @@ def write_report(workdir: str | os.PathLike[str], *, summary: Mapping[str, Any],
         "pairs": _pairs(prompts, pictures, verdicts, pairs), "groups": _groups(prompts, pictures, verdicts, groups),
         "curves": _picture(partial(figures.curves, rate=percent), list(history)),
         "panel": _picture(partial(figures.over_optimisation_panel, rate=percent), list(blend), list(best_of_n)) if draw_panel else None,
-        "attributes": _attributes(s), "diversity": _diversity(s, plain(real or {}), percent),
+        "attributes": _attributes(s), "columns": _columns(s), "diversity": _diversity(s, plain(real or {}), percent),
         "real": bool(real) or any("nuisance_recall" in s[m]["diversity"] for m in ("base", "aligned")),
         "large": pictures["base"].shape[2] > SMALL,
         "peak": _peak(blend), "costs": _costs(plain(costs or {})), "trained": trained or {},
@@ -186,6 +186,16 @@ def _attributes(s: Mapping[str, Any]) -> dict[str, Any]:
     lows = [v["low"] for row in rows for v in row["values"].values() if v and v["low"] is not None]
     start = math.floor(min(lows, default=0.0) * 10) / 10
     return {"rows": rows, "start": start, "span": max(1 - start, 1e-6)}
+
+
+def _columns(s: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the scores of groups or aspects, and last of the worst one of each model, which need not be the same."""
+    rows = [{"name": name, "note": "", "values": {m: _get(s, m, "columns", name) for m in MODELS}} for name in s["base"].get("columns", {})]
+    if rows:
+        least = {m: _get(s, m, "worst", default={}) for m in MODELS}
+        who = {v["name"] for v in least.values() if v.get("name")}
+        rows.append({"name": "Worst of these", "note": ", ".join(sorted(who)), "values": least})
+    return rows
 
 
 def _diversity(s: Mapping[str, Any], real: Mapping[str, Any], percent: bool) -> list[dict[str, Any]]:

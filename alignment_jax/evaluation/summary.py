@@ -16,7 +16,8 @@ from .statistics import Interval, interval, mean_interval, rate
 def measurement(*, right: ArrayLike, attributes: Mapping[str, ArrayLike], proxy: ArrayLike,
                 images: ArrayLike | None = None, features: ArrayLike | None = None,
                 nuisances: Mapping[str, ArrayLike] | None = None, nuisance_classes: Mapping[str, int] | None = None,
-                real_nuisances: Mapping[str, ArrayLike] | None = None) -> dict[str, Any]:  # fmt: skip
+                real_nuisances: Mapping[str, ArrayLike] | None = None,
+                columns: Mapping[str, ArrayLike] | None = None) -> dict[str, Any]:  # fmt: skip
     """One model's M = {"gold", "attribute", "proxy", "diversity"} from its samples of P prompts, G each.
 
     right [P, G] bool: gold finds all attributes right, or float: gold is a score; attributes: name -> [P, G] bool; proxy
@@ -24,7 +25,8 @@ def measurement(*, right: ArrayLike, attributes: Mapping[str, ArrayLike], proxy:
     [P, G, H, W, C], features [P, G, F] of the gold judge and nuisances name -> [P, G] fill "diversity", as far as they
     are given: the declared measure (`pixel_diversity` among right samples) as mean, low, high and n, the same as
     "pixel_right", and "pixel", "feature", "vendi",
-    "nuisance_recall": {name: float, "mean"} beside it.
+    "nuisance_recall": {name: float, "mean"} beside it. columns: name -> [P, G], the scores of groups of people or of aspects
+    that the proxy is made of; they fill "columns" and "worst", the one with the lowest mean.
     """
     diversity: dict[str, Any] = dict(interval(math.nan, math.nan, math.nan, 0))
     if images is not None:
@@ -37,7 +39,18 @@ def measurement(*, right: ArrayLike, attributes: Mapping[str, ArrayLike], proxy:
     if nuisances is not None and nuisance_classes is not None:
         diversity["nuisance_recall"] = nuisance_recall(nuisances, nuisance_classes, real_nuisances)
     return {"gold": gold(right), "attribute": {name: rate(value) for name, value in attributes.items()},
-            "proxy": mean_interval(proxy), "diversity": diversity}  # fmt: skip
+            "proxy": mean_interval(proxy), "diversity": diversity, **(worst(columns) if columns else {})}  # fmt: skip
+
+
+def worst(columns: Mapping[str, ArrayLike]) -> dict[str, Any]:
+    """{"columns": {name: Interval}, "worst": the Interval and the name of the column with the lowest mean}.
+
+    Scores whose units differ do not compare; a mean over people can rise while one of them is worse off.
+    """
+    each = {name: mean_interval(value) for name, value in columns.items()}
+    known = [name for name in each if not math.isnan(each[name]["mean"])]
+    least = min(known, key=lambda name: each[name]["mean"], default="")
+    return {"columns": each, "worst": {"name": least, **(each[least] if least else interval(math.nan, math.nan, math.nan, 0))}}
 
 
 def gold(right: ArrayLike) -> Interval:

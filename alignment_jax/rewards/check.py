@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .base import Reward
+from .combine import columns
 
 
 def probe(reward: Reward, image_shape: tuple[int, ...], prompts: Sequence[str]) -> str | None:
@@ -31,7 +32,7 @@ def probe(reward: Reward, image_shape: tuple[int, ...], prompts: Sequence[str]) 
     else:
         scores, _ = score_host(reward, images, prompts, {}, batch_index=0)
     _validate(reward, scores, n)
-    bad = np.flatnonzero(~np.isfinite(scores))
+    bad = np.flatnonzero(~np.isfinite(scores).reshape(n, -1).all(1))
     if len(bad):
         raise ValueError(f"reward {reward.name!r} gave {scores[bad[0]]} on a probe batch, for example for the prompt "
                          f"{prompts[bad[0]]!r}; it must be a finite number for any picture")  # fmt: skip
@@ -61,7 +62,7 @@ def score_host(reward: Reward, images: np.ndarray, prompts: Sequence[str], metad
     except Exception as error:
         failure = error
     if not isinstance(failure, ValueError) or "must return" not in str(failure):
-        scores = np.full(len(images), np.nan, np.float32)
+        scores = np.full((len(images), *_columns(reward)), np.nan, np.float32)
         for i in range(len(images)):
             try:
                 scores[i] = np.asarray(reward.score(images[i : i + 1], prompts[i : i + 1], metadata)[0])[0]
@@ -76,8 +77,15 @@ def score_host(reward: Reward, images: np.ndarray, prompts: Sequence[str], metad
 
 
 def _validate(reward: Reward, scores: Any, n: int) -> None:
-    if np.shape(scores) != (n,):
-        raise ValueError(f"reward {reward.name!r} must return one score a picture, shape ({n},); got {np.shape(scores)}")
+    wanted = (n, *_columns(reward))
+    if np.shape(scores) != wanted:
+        raise ValueError(f"reward {reward.name!r} must return one score a picture{' and column' if columns(reward) else ''}, shape "
+                         f"{wanted}; got {np.shape(scores)}")  # fmt: skip
+
+
+def _columns(reward: Reward) -> tuple[int, ...]:
+    """() of a reward with one score, (M,) of one with several."""
+    return (len(columns(reward)),) if columns(reward) else ()
 
 
 def to_uint8(observation: jax.Array) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .base import Reward
+from .combine import Columns
 
 
 def relative(reward: Reward, positive: str, negative: str) -> Reward:
@@ -27,4 +28,5 @@ def relative(reward: Reward, positive: str, negative: str) -> Reward:
     def score(params: Any, observation: Any, condition: Any) -> Any:
         return jnp.stack([reward.score(params, observation, condition[side]) for side in "+-"], -1)
 
-    return reward._replace(name=f"{reward.name} ({positive} - {negative})", score=score, encode=encode, tower=None)
+    return reward._replace(name=f"{reward.name} ({positive} - {negative})", score=Columns(("wanted", "unwanted"), score),
+                           encode=encode, tower=None)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..rewards.base import Reward
+from ..rewards import Reward, columns
 from . import build
 from .programs import build as compile_programs
 from .programs import learned
@@ -54,12 +54,17 @@ def one_step(config: Any, reward: Reward | None = None) -> dict[str, Program]:
     state = call("init", 1, key, trained, frozen["null"])
     condition = reward.encode([""]) if reward and reward.encode and needs.data == "prompts" else {}
     data = {"cond": call("encode", 1, frozen, rows(tokens, n)), "condition": rows(condition, n), "prompt_id": Shape((n,), jnp.int32)}
-    samples = {"labels": ("x0",), "pairs": ("winner", "loser")}.get(needs.data, ())
+    samples = {"labels": ("x0",), "desirable": ("x0",), "pairs": ("winner", "loser"), "lists": ("list",)}.get(needs.data, ())
+    length = int(dict(config.get("data") or {}).get("length", 4)) if needs.data == "lists" else 1
     if samples:
-        x = Shape((min(size, n), *bundle.sample_shape), jnp.float32)
+        x = Shape((min(size, n * length), *bundle.sample_shape), jnp.float32)
         pictures = jax.eval_shape(programs.to_pictures, frozen, x)
-        call("to_samples", n * len(samples), frozen, Shape(pictures.shape, jnp.uint8))
+        call("to_samples", n * length * len(samples), frozen, Shape(pictures.shape, jnp.uint8))
         data |= {name: rows(x, n) for name in samples}
+    if needs.data == "desirable":
+        data["desirable"] = Shape((n,), jnp.float32)
+    if needs.data == "lists":
+        data |= {"list": Shape((n, length, *bundle.sample_shape), jnp.float32), "score": Shape((n, length), jnp.float32)}
     if needs.data == "pairs":
         data |= {name: Shape((n,), jnp.float32) for name in ("preference", "weight")}
     rolled = rows(call("rollout", n, state, frozen, keys(min(size, n)), rows(data, min(size, n))), n)
@@ -71,7 +76,7 @@ def one_step(config: Any, reward: Reward | None = None) -> dict[str, Program]:
             call("score", n, frozen, part["x0"], part["condition"])
         else:
             call("to_pictures", n, frozen, part["x0"])
-        rewards = Shape((n,), jnp.float32)
+        rewards = Shape((n, len(columns(reward))) if columns(reward) else (n,), jnp.float32)
     items, _, _ = call("prepare", 1, key, state.extra, rolled, rewards)
     count = len(jax.tree.leaves(items)[0])
     m = min(size, count)

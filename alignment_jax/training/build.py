@@ -16,15 +16,17 @@ import numpy as np
 
 from .. import weights
 from ..algorithms import ALGORITHMS
+from ..algorithms.aggregate import aggregated
+from ..algorithms.base import Algorithm
 from ..data import prompts as prompt_files
 from ..data.pairs import FORMS, ArrayPairs
 from ..data.pairs_dataset import pair_data
-from ..data.sources import Source, label_source, pair_source, prompt_source
+from ..data.sources import Source, label_source, list_source, pair_source, prompt_source
 from ..diffusion import Sampler, sampling_grid, scheduler
 from ..models import MODELS, stable_diffusion
 from ..models.bundle import ModelBundle
 from ..models.lora import unreached
-from ..rewards import REWARDS
+from ..rewards import REWARDS, columns
 from ..rewards.base import Reward
 from ..rewards.combine import weighted
 from ..weights import files as weight_files
@@ -152,6 +154,8 @@ def one_reward(spec: Any) -> Reward:
     if not isinstance(spec, str) and "name" not in kwargs:
         raise ValueError(f"a reward with arguments needs a name beside them; got {', '.join(map(str, kwargs))}")
     name = spec if isinstance(spec, str) else kwargs.pop("name")
+    if "rewards" in kwargs:  # ensemble, several: made of others
+        kwargs["rewards"] = [one_reward(part) for part in kwargs["rewards"]]
     found = named(name, REWARDS, "reward")
     if "reward" in kwargs:
         kwargs["reward"] = one_reward(kwargs["reward"])
@@ -201,33 +205,53 @@ def batch_sizes(config: Any) -> tuple[int, int, int]:
 def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | None, shape: tuple[int, ...]) -> Source:
     """The stream of batches of config.data that the algorithm needs; pictures must be of the model's shape.
 
-    data: prompts; or labels and its factory's arguments; or pairs and data_dir; drop, the share of empty prompts. latents, a
-    folder of `precompute`, stands in for labels and pairs.
+    data: prompts; or labels and its factory's arguments; or pairs and data_dir; or lists (and length, their K); drop, the share
+    of empty prompts. latents, a folder of `precompute`, stands in for labels and pairs.
     """
     prompts, group, _ = batch_sizes(config)
     data = dict(config.get("data", {}))
     seed, shard = int(config.seed), (jax.process_index(), jax.process_count())
     per_process = prompts // jax.process_count()
     latents = data.pop("latents", "")
+    if latents and needs == "lists":
+        raise ValueError("ranked lists have no precomputed latents yet; leave data.latents empty and set config.data.lists")
     if latents and needs != "prompts":
+        holds = ("winner", "loser") if needs == "pairs" else ("x0",)
         return latent_source(latents, batch=per_process * group, seed=seed, drop=float(data.get("drop", 0.0)), shard=shard,
-                             holds=("x0",) if needs == "labels" else ("winner", "loser"), shape=bundle.sample_shape)  # fmt: skip
+                             holds=holds, shape=bundle.sample_shape)  # fmt: skip
     if needs == "prompts":
         texts = prompt_files.load(data.pop("prompts", "critters:train"))
         _no_more(data)
         encode = reward.encode if reward else None
         return prompt_source(texts, bundle.tokenize, encode, prompts_per_batch=per_process, group=group, seed=seed,
                              shard=shard)  # fmt: skip
-    if needs == "labels":
+    if needs in ("labels", "desirable"):
         arrays = named(data.pop("labels"), prompt_files.LABELS, "data.labels")
-        images, captions = arrays(**{k: data.pop(k) for k in list(data) if k not in ("drop",)})
+        images, captions, *marks = arrays(**{k: data.pop(k) for k in list(data) if k not in ("drop",)})
         _check_pictures(images, shape, "data.labels")
         return label_source(images, captions, bundle.tokenize, batch=per_process * group, seed=seed,
-                            drop=float(data.pop("drop", 0.0)), shard=shard)  # fmt: skip
+                            drop=float(data.pop("drop", 0.0)), shard=shard,
+                            desirable=prompt_files.both_kinds(*marks or [None]) if needs == "desirable" else None)  # fmt: skip
+    if needs == "lists":
+        lists, drop = _lists(data, shape), float(data.pop("drop", 0.0))
+        _no_more(data)
+        return list_source(lists, bundle.tokenize, batch=per_process * group, seed=seed, drop=drop, shard=shard)
     pairs, drop = _pairs(data, shape), float(data.pop("drop", 0.0))
     _no_more(data)
     return pair_source(pairs, bundle.tokenize, (shape[0], shape[1]), batch=per_process * group, seed=seed, drop=drop,
                        shard=shard)  # fmt: skip
+
+
+def _lists(data: dict[str, Any], shape: tuple[int, ...]) -> Any:
+    """The arrays of data.lists, taken out of data; data.length, if given, is their K."""
+    if "lists" not in data:
+        raise ValueError("this method learns from ranked lists; set config.data.lists to an .npz with list, score and prompts")
+    lists, length = prompt_files.load_lists(str(data.pop("lists"))), data.pop("length", None)
+    n, k = lists["list"].shape[:2]
+    if length not in (None, k):
+        raise ValueError(f"config.data.length is {length}, and the lists of config.data.lists hold {k} pictures each")
+    _check_pictures(lists["list"].reshape(n * k, *lists["list"].shape[2:]), shape, "data.lists")
+    return lists
 
 
 def _pairs(data: dict[str, Any], shape: tuple[int, ...]) -> Any:
@@ -272,13 +296,22 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
     factory = entry.factory if hasattr(entry, "factory") else entry
     if method.get("advantage") == "prompt" and not method.get("num_prompts"):
         method["num_prompts"] = len(prompt_files.load(config.data.prompts))
-    algorithm = call(factory, method, "method", sampler=sampler_, shape=bundle.sample_shape, group=group)
+    given: dict[str, Any] = {"shape": bundle.sample_shape, "group": group}
+    if "loss" in method:  # a driver round another method: its name, or {"name": ..., its settings}
+        method["loss"] = _inner(method["loss"], **given)
+        given["cond"] = jax.eval_shape(bundle.encode_text, params, jnp.asarray(bundle.tokenize([""])))
+    algorithm = call(factory, method, "method", sampler=sampler_, **given)
     if algorithm.needs.reward and reward_ is None:
         raise ValueError(f"method {config.method.name} needs a reward; set config.reward to one of {', '.join(REWARDS)}")
     if algorithm.needs.reward == "gradient" and reward_ is not None and not reward_.differentiable:
         fits = [n for n, e in ALGORITHMS.items() if n != config.method.name and not _needs_gradient(e)]
         raise ValueError(f"method {config.method.name} takes gradients of the reward, and {reward_.name!r} has none; "
                          f"use a differentiable reward, or one of the methods {', '.join(fits)}")  # fmt: skip
+    if reward_ is not None and algorithm.needs.reward:
+        algorithm = _one_of_several(config, algorithm, reward_, sampler=sampler_, shape=bundle.sample_shape, size=group)
+    if algorithm.needs.reward == "step" and reward_ is not None and not reward_.device:
+        raise ValueError(f"method {config.method.name} judges states inside the rollout, on the device, and {reward_.name!r} runs on the "
+                         "host; use a device reward, or a method that scores whole pictures: d3po, online, ddpo")  # fmt: skip
     settings = dict(config.optimizer)
     ema = float(settings.pop("ema", 0.0))
     tx, rate = call(optimizer, settings, "optimizer", steps=int(config.steps))
@@ -296,6 +329,32 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
                              f"Conv layer of {config.model} applies them. Narrow lora.targets, or train whole parameters "
                              "(lora=None, config.trainable)")  # fmt: skip
     return Plan(Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text), sampler_, rate)
+
+
+def _inner(spec: Any, **given: Any) -> Callable[[Sampler], Algorithm]:
+    """The method that a driver's `loss` names, still without its sampler."""
+    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if "name" not in settings:
+        raise ValueError(f"method.loss needs a name beside its settings; got {', '.join(map(str, settings))}")
+    entry = named(settings.pop("name"), ALGORITHMS, "method.loss")
+    factory = entry.factory if hasattr(entry, "factory") else entry
+    return lambda sampler: call(factory, settings, "method.loss", sampler=sampler, **given)
+
+
+def _one_of_several(config: Any, algorithm: Algorithm, reward: Reward, **given: Any) -> Algorithm:
+    """The method under config.aggregate where the reward has several columns; raises ValueError where the two do not fit."""
+    spec, names = config.get("aggregate"), columns(reward)
+    settings = dict(ast.literal_eval(spec) if isinstance(spec, str) and spec else spec or {})
+    if reward.noisy and algorithm.needs.reward != "step":
+        raise ValueError(f"{reward.name!r} scores noisy states; method {config.method.name} asks for scores of pictures. Methods that "
+                         "judge steps are spo and lpo")  # fmt: skip
+    if names and names == algorithm.needs.columns and not settings:
+        return algorithm
+    if bool(settings) != bool(names):
+        raise ValueError(f"{reward.name!r} gives {len(names)} scores a picture ({', '.join(names)}); say how they become one, such as "
+                         "config.aggregate = {'how': 'maxmin'}" if names else f"config.aggregate needs a reward of several columns, "
+                         f"such as {{'name': 'several', 'rewards': [...]}}; {reward.name!r} has one")  # fmt: skip
+    return call(aggregated, settings, "aggregate", algorithm=algorithm, names=names, **given) if names else algorithm
 
 
 def _needs_gradient(entry: Any) -> bool:

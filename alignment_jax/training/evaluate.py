@@ -21,7 +21,7 @@ from ..evaluation.kl import best_of_n_kl, policy_kl
 from ..evaluation.report import write_report
 from ..evaluation.statistics import Interval, flatten, mean_interval, paired_bootstrap, unflatten
 from ..evaluation.summary import counted, gold, measurement, summary
-from ..rewards import JUDGES
+from ..rewards import JUDGES, columns
 from ..rewards.check import score_host, to_uint8
 from ..rewards.judge import by_reward
 from . import build
@@ -54,6 +54,7 @@ class Evaluator:
         self.cond = session.programs.encode(session.frozen, jnp.asarray(run.parts.bundle.tokenize(self.prompts)))
         self.judge = JUDGES[e.judge]() if isinstance(e.judge, str) and e.judge in JUDGES else by_reward(build.one_reward(e.judge))
         self.chunk = int(e.get("chunk", 256))
+        self.columns = columns(run.parts.reward) if run.parts.reward else ()
         self.targets = self.judge.targets(self.prompts)
         # the stochastic twin of a deterministic sampler, whose path has a KL
         self.noisy = run.sampler if run.sampler.stochastic().any() else dataclasses.replace(run.sampler, solver="ddim", eta=1.0)
@@ -136,7 +137,8 @@ class Evaluator:
         images = np.concatenate([np.asarray(self._decode(self.session.run.params, jnp.asarray(x0[i : i + self.chunk])))
                                  for i in range(0, len(x0), self.chunk)])  # fmt: skip
         verdict = self.judge.look(images, self.targets[rows])
-        out = {"images": images, "proxy": self.proxy(images, rows), **verdict}
+        scores = self.proxy(images, rows)
+        out = {"images": images, "proxy": scores.mean(-1) if scores.ndim == 2 else scores, "scores": scores, **verdict}
         return jax.tree.map(lambda v: np.asarray(v).reshape(*shape, *np.shape(v)[1:]), out)
 
     def proxy(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -145,6 +147,12 @@ class Evaluator:
         if reward is None:
             return np.zeros(len(images))
         texts = [self.prompts[i] for i in rows]
+        if reward.noisy:  # its own kind of sample, at the clean end of the chain
+            bundle, params = self.session.run.parts.bundle, self.session.run.params
+            score = jax.jit(lambda x, c: reward.score(reward.params, bundle.encode(params, x),
+                                                      {"t": jnp.full(len(x), bundle.schedule.t_min), "cond": c}))  # fmt: skip
+            parts = [slice(i, i + self.chunk) for i in range(0, len(images), self.chunk)]
+            return np.concatenate([np.asarray(score(images[s], jax.tree.map(lambda c, s=s: c[rows[s]], self.cond))) for s in parts])
         if not reward.device:
             return score_host(reward, to_uint8(jnp.asarray(images)), texts, {}, batch_index=0, on_error="mask")[0]
         condition = reward.encode(texts) if reward.encode else {}
@@ -161,7 +169,8 @@ class Evaluator:
         return measurement(right=m["right"], attributes=attributes, proxy=m["proxy"],
                            images=m["images"] if whole else None, features=m["features"] if whole else None,
                            nuisances=m["nuisances"] if whole and m["nuisances"] else None, nuisance_classes=self.judge.nuisances,
-                           real_nuisances=self.judge.real.get("nuisances"))  # fmt: skip
+                           real_nuisances=self.judge.real.get("nuisances"),
+                           columns={name: m["scores"][..., i] for i, name in enumerate(self.columns)})  # fmt: skip
 
     def kl(self, params: Tree, num_prompts: int, samples: int, lam: Any = None, first: int = 0) -> Interval:
         """Path KL to the base along samples of the stochastic sampler, in nats."""

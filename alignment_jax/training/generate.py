@@ -16,7 +16,7 @@ import numpy as np
 from .. import weights
 from ..algorithms.base import fold
 from ..data import prompts as prompt_files
-from ..diffusion import guided, initial
+from ..diffusion import guided, guided_away, initial
 from ..diffusion import sample as sample_chain
 from ..models import lora
 from ..models.bundle import ModelBundle
@@ -64,10 +64,15 @@ def load_run(workdir: str | Path, scale: float | None = None,
              options: dict[str, Any] | None = None) -> tuple[ModelBundle, Tree, Any]:  # fmt: skip
     """(bundle, tuned parameters, config) of a run; see `read_run`."""
     run = read_run(workdir, scale, options)
+    return run.bundle, tuned(run), run.config
+
+
+def tuned(run: Loaded) -> Tree:
+    """The whole model's parameters of a run, with as much of the change as is kept."""
     partition = partition_of(run.config)
     _, frozen = partition.init(jax.random.key(0), run.base)
-    tuned = partition.merge(run.trained, frozen)
-    return run.bundle, jax.tree.map(lambda b, p: b + run.keep * (p - b), run.base, tuned), run.config
+    merged = partition.merge(run.trained, frozen)
+    return jax.tree.map(lambda b, p: b + run.keep * (p - b), run.base, merged)
 
 
 def partition_of(config: Any) -> Partition:
@@ -78,30 +83,39 @@ def partition_of(config: Any) -> Partition:
 
 
 def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Array, settings: dict[str, Any],
-             x_T: jax.Array | None = None, negative: str = "", batch: int = BATCH) -> np.ndarray:  # fmt: skip
-    """Samples of the prompts, decoded, [N,H,W,C] in [0, 1]; settings override the model's own for sampling."""
+             x_T: jax.Array | None = None, negative: str = "", batch: int = BATCH, away: Tree = None) -> np.ndarray:  # fmt: skip
+    """Samples of the prompts, decoded, [N,H,W,C] in [0, 1]; settings override the model's own for sampling.
+
+    away: parameters of the network that guidance leads away from, in place of the model itself (`diffusion.guided_away`).
+    """
     from tqdm import tqdm
 
     sampler, guidance = build.sampler(ml_collections.ConfigDict({"sampling": settings}), bundle)
+    if away is not None and guidance.scale == 1.0:
+        raise ValueError("a negative network acts through guidance, and guidance_scale=1 has none; set --guidance_scale above 1")
     tokens, null_tokens, n = bundle.tokenize(texts), bundle.tokenize([negative]), len(texts)
     x_T = initial(fold(keys, 0), sampler, (n, *bundle.sample_shape)) if x_T is None else sampler.initial_scale * x_T
 
     @jax.jit
-    def chunk(params: Tree, keys: jax.Array, tokens: jax.Array, x_T: jax.Array) -> jax.Array:
-        cond, null = (bundle.encode_text(params, t) for t in (tokens, jnp.asarray(null_tokens)))
-        denoise = guided(partial(bundle.denoise, params), null, guidance.scale, rescale=guidance.rescale)
+    def chunk(params: Tree, away: Tree, keys: jax.Array, tokens: jax.Array, x_T: jax.Array) -> jax.Array:
+        cond = bundle.encode_text(params, tokens)
+        null = bundle.encode_text(params if away is None else away, jnp.asarray(null_tokens))
+        own = partial(bundle.denoise, params)
+        denoise = (guided(own, null, guidance.scale, rescale=guidance.rescale) if away is None else
+                   guided_away(own, partial(bundle.denoise, away), null, guidance.scale, rescale=guidance.rescale))  # fmt: skip
         return bundle.decode(params, sample_chain(fold(keys, 1), denoise, cond, sampler, x_T)[0])
 
     size, out = min(batch, n), []
     for i in tqdm(range(0, n, size), desc="sample", unit="batch", disable=n <= size):
         rows = np.minimum(np.arange(i, i + size), n - 1)
-        out.append(np.asarray(chunk(params, keys[rows], tokens[rows], x_T[rows])))
+        out.append(np.asarray(chunk(params, away, keys[rows], tokens[rows], x_T[rows])))
     return np.concatenate(out)[:n]
 
 
 def generate(*, model: str, weights_file: str, run: str | None, scale: float | None, prompts: str, out: str, seed: int,
              samples: int, noise: str | None, save_arrays: bool, settings: dict[str, Any], negative: str = "",
-             options: dict[str, Any] | None = None, batch: int = BATCH, loras: Sequence[tuple[str, float]] = ()) -> list[Path]:  # fmt: skip
+             options: dict[str, Any] | None = None, batch: int = BATCH, loras: Sequence[tuple[str, float]] = (),
+             negative_run: str = "", negative_merge: float = 0.0) -> list[Path]:  # fmt: skip
     """Writes 0000.png, ... and prompts.txt into `out`; returns the pictures' paths. See `sample --help`.
 
     options: the model's, such as height, width and dtype. loras: (file, scale) of what is merged into the model.
@@ -122,7 +136,8 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
     params = params if run else read()
     for path, share in loras:
         params = with_lora(params, path, share)
-    array = pictures(bundle, params, texts, keys, settings, x_T, negative, batch)
+    away = negative_network(negative_run, negative_merge, bundle, params, options) if negative_run else None
+    array = pictures(bundle, params, texts, keys, settings, x_T, negative, batch, away)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:04d}.png" for i in range(len(texts))]
@@ -132,6 +147,17 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
     if save_arrays:
         np.save(folder / "images.npy", array.astype(np.float32))
     return files
+
+
+def negative_network(run: str, share: float, bundle: ModelBundle, params: Tree, options: dict[str, Any] | None = None) -> Tree:
+    """Parameters of the run that guidance leads away from: its change on top of (1 - share) base + share params.
+
+    Diffusion-NPO's mixture (arXiv 2505.11245): the nearer the two networks, the less a high guidance scale exaggerates.
+    """
+    other = read_run(run, None, options)
+    if other.bundle.name != bundle.name:
+        raise ValueError(f"--negative_run={run} is a run of {other.bundle.name}; the pictures are drawn by {bundle.name}")
+    return jax.tree.map(lambda n, b, p: n + share * (p - b), tuned(other), other.base, params)
 
 
 def with_lora(params: Tree, path: str | Path, scale: float = 1.0) -> Tree:

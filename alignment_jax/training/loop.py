@@ -43,7 +43,7 @@ class Session(NamedTuple):
 def set_up(config: Any) -> tuple[Session, TrainState]:
     """Builds everything that a config names; checks the reward on a probe batch before anything long compiles."""
     run = build.build_run(config)
-    if run.parts.reward is not None and run.parts.algorithm.needs.reward:
+    if run.parts.reward is not None and run.parts.algorithm.needs.reward and not run.parts.reward.noisy:
         shape = jax.eval_shape(run.parts.bundle.decode, run.params, jnp.zeros((1, *run.parts.bundle.sample_shape))).shape
         warning = probe(run.parts.reward, shape[1:], run.source.prompts[:4])
         if warning:
@@ -72,6 +72,10 @@ def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
         if name in data:
             pictures = data.pop(name)
             out[sample_name] = _mapped(session, session.programs.to_samples, pictures)
+    if "list" in data and np.issubdtype(data["list"].dtype, np.integer):
+        n, k, *shape = data["list"].shape
+        flat = _mapped(session, session.programs.to_samples, data.pop("list").reshape(n * k, *shape))
+        out["list"] = flat.reshape(n, k, *flat.shape[1:])
     return out | data
 
 

@@ -28,6 +28,8 @@ def score(*, reward: str, options: dict[str, Any], images: str, prompts: str | N
     made = build.one_reward({"name": reward, **options} if options else reward)
     names, pictures, read = _read(Path(images).expanduser())
     texts = _prompts(prompts, len(names)) if prompts else [""] * len(names)
+    if made.noisy:
+        raise ValueError(f"reward {made.name!r} reads the noisy states of a model, not pictures")
     if not prompts and made.encode is not None:
         raise ValueError(f"reward {made.name!r} reads the prompt too; give --prompts, one a picture or one for all")
     values: list[float] = []

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignment_jax.algorithms.draft import draft
+from alignment_jax.algorithms.draft import alignprop, draft
 from alignment_jax.algorithms.drtune import drtune, responses
+from alignment_jax.algorithms.guidance_distillation import guidance_distillation
+from alignment_jax.algorithms.losses import noised
 from alignment_jax.algorithms.srpo import srpo
-from alignment_jax.diffusion import Sampler, rectified_flow, sample, sampling_grid
+from alignment_jax.diffusion import Sampler, guided, rectified_flow, sample, sampling_grid
 from alignment_jax.rewards.base import Reward
 from alignment_jax.rewards.relative import relative
 
@@ -89,6 +91,32 @@ def chain_gradient(sampler, nets, th, keys):
     algorithm = draft(sampler, (1,), k=T)
     items = algorithm.rollout(keys, {}, nets(th), DATA)
     return jax.grad(lambda th: algorithm.loss(keys, nets(th), items)[0].mean())(th)
+
+
+@pytest.mark.parametrize("k", [1, 3, T])
+def test_alignprop_with_a_fixed_cut_is_draft_k(k):
+    """Its outputs are cut, not its states: the parameters get the same gradient."""
+    sampler, w, keys = gaussian.chain(T, 0.0), jnp.array([0.7, 0.2, 1.0]), jax.random.split(KEY, N)
+    nets = lambda w: {"policy": curved(w), "reward": reward}  # noqa: E731
+    grads = [jax.grad(lambda w, a=a: a.loss(keys, nets(w), a.rollout(keys, {}, nets(jax.lax.stop_gradient(w)), DATA))[0].mean())(w)
+             for a in (alignprop(sampler, (1,), mean_k=k, std_k=0.0), draft(sampler, (1,), k=k))]  # fmt: skip
+    np.testing.assert_allclose(*grads, rtol=2e-5)
+
+
+def test_guidance_distillation_is_zero_at_the_guided_teacher_and_pulls_towards_it():
+    """The teacher's two calls, u + w (c - u), in one; its gradient elsewhere is that of a square in clean predictions."""
+    sampler, keys, scale = gaussian.chain(T, 0.0), jax.random.split(KEY, 32), 3.0
+    teacher = lambda x, t, cond: 0.4 * x + cond["c"]  # noqa: E731
+    both = guided(teacher, {"c": jnp.zeros((1, 1))}, scale)
+    items = {"x0": jax.random.normal(KEY, (32, 1)), "cond": {"c": jnp.ones((32, 1))}}
+    algorithm = guidance_distillation(sampler, teacher_scale=scale)
+    assert algorithm.needs.guidance == {"policy": 1.0, "teacher": scale}
+    student = lambda s: {"policy": lambda x, t, cond: 0.4 * x + s * cond["c"], "teacher": both}  # noqa: E731
+    loss = lambda s: algorithm.loss(keys, student(s), items)[0].mean()  # noqa: E731
+    assert float(loss(scale)) < 1e-10 and float(loss(1.0)) > 0.1
+    x_t, t, _ = noised(keys, items["x0"], sampler.schedule)
+    ratio = jnp.square(sampler.schedule.sigma(t) / sampler.schedule.alpha(t)).mean()  # x0 = (x - sigma eps) / alpha
+    np.testing.assert_allclose(jax.grad(loss)(1.0), 2 * (1.0 - scale) * ratio, rtol=1e-4)
 
 
 def test_drtune_overweights_early_steps_by_the_jacobians_it_drops_and_the_discount_takes_it_back():

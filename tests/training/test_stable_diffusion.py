@@ -22,9 +22,17 @@ from alignment_jax.training.export import export
 ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red house", "a cat on the moon", "the sea", "a blue house"]
 METHODS = {
-    "sft": {}, "raft": {}, "ddpo": {"clip_range": 0.1}, "diffusion_nft": {}, "guidance_distillation": {}, "diffusion_dpo": {"beta": 100.0},
+    "sft": {}, "raft": {}, "rwr": {"lam": 1.0}, "lee": {"low": -10.0, "high": 0.0}, "ddpo": {"clip_range": 0.1}, "dpok": {}, "dance_grpo": {},
+    "mix_grpo": {"window": 1}, "diffusion_nft": {}, "awm": {}, "adjoint_matching": {"lam": 1.0}, "prdp": {}, "guidance_distillation": {},
+    "diffusion_dpo": {"beta": 100.0}, "diffusion_kto": {"beta": 100.0}, "mapo": {}, "spin": {"beta": 100.0}, "inpo": {"beta": 100.0, "steps": 2},
+    "smpo": {"beta": 100.0, "steps": 2}, "rank_dpo": {"beta": 100.0}, "d3po": {}, "spo": {"k": 2, "threshold": 0.0, "start": 0.0},
+    "lpo": {"k": 2, "threshold": 0.0}, "online": {"loss": {"name": "diffusion_dpo", "beta": 100.0}},
+    "semi_online": {"loss": {"name": "diffusion_dpo", "beta": 100.0}}, "drtune": {"k": 2}, "srpo": {},
     "refl": {"window": 0.7}, "draft": {"k": 1}, "alignprop": {"mean_k": 1.0, "std_k": 0.5},
 }  # fmt: skip
+FLOWS = {"flow_grpo"}  # for rectified flows alone
+PAIRS, LABELS = ("diffusion_dpo", "diffusion_kto", "mapo", "inpo", "smpo"), ("sft", "guidance_distillation", "spin", "semi_online")
+STILL = ("raft", "ddpo", "dpok", "dance_grpo", "mix_grpo", "diffusion_nft", "d3po", "spo", "lpo", "online", "prdp", "rank_dpo")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,21 +59,23 @@ def world(tmp_path_factory):
     rows = [json.dumps({"file": f"{i}.png", "prompt": caption}) for i, caption in enumerate(CAPTIONS)]
     (root / "labels" / "captions.jsonl").write_text("\n".join(rows))
     np.savez(root / "pairs.npz", winner=images[0], loser=images[1], prompts=np.array(CAPTIONS))
+    np.savez(root / "lists.npz", list=images.swapaxes(0, 1), score=np.arange(8.0).reshape(4, 2), prompts=np.array(CAPTIONS))
     (root / "prompts.txt").write_text("\n".join(CAPTIONS))
     return root
 
 
 def settings(world, kind, name, lora):
     """A config, as a dictionary, of three steps on two pictures a step."""
-    data = {"sft": {"labels": "folder", "path": str(world / "labels"), "drop": 0.25},
-            "guidance_distillation": {"labels": "folder", "path": str(world / "labels")},
-            "diffusion_dpo": {"pairs": str(world / "pairs.npz")}}.get(name, {"prompts": str(world / "prompts.txt")})  # fmt: skip
-    reward = {"value": "jpeg_compressibility", "gradient": "own_reward:warmth", None: ""}[ALGORITHMS[name].reward]
+    labels, pairs = {"labels": "folder", "path": str(world / "labels"), "drop": 0.25}, {"pairs": str(world / "pairs.npz")}
+    data = dict.fromkeys(LABELS, labels) | dict.fromkeys(PAIRS, pairs) | {"rank_dpo": {"lists": str(world / "lists.npz")}}
+    data = data.get(name, {"prompts": str(world / "prompts.txt")})
+    scorers = {"value": "jpeg_compressibility", "gradient": "own_reward:warmth", "step": "own_reward:warmth", None: ""}
+    reward = scorers[ALGORITHMS[name].reward]
     return {
         "seed": 0, "steps": 3, "checkpoint_every": 0, "evaluate_every": 0, "evaluation": None, "model": str(world / kind),
         "weights": "shipped", "reward": reward, "method": {"name": name, **METHODS[name]}, "optimizer": {"learning_rate": 1e-3},
         "batch": {"prompts": 1, "group": 2}, "data": data,
-        "sampling": {"num_steps": 2, "eta": 1.0, "guidance_scale": 3.0, "scheduler": "ddim"},
+        "sampling": {"num_steps": 3 if name == "srpo" else 2, "eta": 1.0, "guidance_scale": 3.0, "scheduler": "ddim"},
         "lora": {"rank": 2, "targets": "ddpo-pytorch"} if lora else {},
     }  # fmt: skip
 
@@ -76,7 +86,7 @@ def leaves(tree):
 
 def trains(world, kind, name, lora):
     """Three steps: finite losses, every trained array moves, no other does."""
-    assert set(METHODS) == set(ALGORITHMS)
+    assert set(METHODS) == set(ALGORITHMS) - FLOWS
     session, state = loop.set_up(ml_collections.ConfigDict(settings(world, kind, name, lora)))
     before, frozen = leaves(state.trained), leaves(session.frozen["params"])
     sizes = sum(x.size for x in before)
@@ -84,7 +94,7 @@ def trains(world, kind, name, lora):
     for _ in range(3):
         state, metrics = loop.one_step(session, state, next(session.run.source))
         assert np.isfinite(float(metrics["loss"])), metrics
-        assert float(metrics["grad_norm"]) > 0 or name in ("raft", "ddpo", "diffusion_nft"), metrics
+        assert float(metrics["grad_norm"]) > 0 or name in STILL, metrics
     moved = [bool(np.any(a != b)) for a, b in zip(before, leaves(state.trained), strict=True)]
     assert all(moved), (name, sum(moved), len(moved))
     assert all(np.array_equal(a, b) for a, b in zip(frozen, leaves(session.frozen["params"]), strict=True))
@@ -101,7 +111,7 @@ def test_methods_train_a_lora_or_the_whole_network(kind, name, lora, world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, lora", [("sd15", True), ("sd15", False), ("sdxl", True), ("sdxl", False)])
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_trains_every_kind(kind, name, lora, world):
     trains(world, kind, name, lora)
 
