@@ -22,13 +22,13 @@ from alignment_jax.training.export import export
 ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red house", "a cat on the moon", "the sea", "a blue house"]
 METHODS = {
-    "sft": {}, "raft": {}, "rwr": {"lam": 1.0}, "lee": {"low": -10.0, "high": 0.0}, "ddpo": {"clip_range": 0.1}, "dpok": {}, "dance_grpo": {},
-    "mix_grpo": {"window": 1}, "diffusion_nft": {}, "awm": {}, "adjoint_matching": {"lam": 1.0}, "prdp": {}, "guidance_distillation": {},
-    "diffusion_dpo": {"beta": 100.0}, "diffusion_kto": {"beta": 100.0}, "mapo": {}, "spin": {"beta": 100.0}, "inpo": {"beta": 100.0, "steps": 2},
-    "smpo": {"beta": 100.0, "steps": 2}, "rank_dpo": {"beta": 100.0}, "d3po": {}, "spo": {"k": 2, "threshold": 0.0, "start": 0.0},
-    "lpo": {"k": 2, "threshold": 0.0}, "online": {"loss": {"name": "diffusion_dpo", "beta": 100.0}},
-    "semi_online": {"loss": {"name": "diffusion_dpo", "beta": 100.0}}, "drtune": {"k": 2}, "srpo": {},
-    "refl": {"window": 0.7}, "draft": {"k": 1}, "alignprop": {"mean_k": 1.0, "std_k": 0.5},
+    "sft": {}, "raft": {}, "rwr": {"lam": 1.0}, "lee": {"low": -10.0, "high": 0.0}, "ddpo": {"clip_range": 0.1}, "dpok": {},
+    "dance_grpo": {}, "mix_grpo": {"window": 1}, "diffusion_nft": {}, "awm": {}, "adjoint_matching": {"lam": 1.0}, "prdp": {},
+    "guidance_distillation": {}, "diffusion_dpo": {"beta": 100.0}, "diffusion_kto": {"beta": 100.0}, "mapo": {},
+    "spin": {"beta": 100.0}, "inpo": {"beta": 100.0, "steps": 2}, "smpo": {"beta": 100.0, "steps": 2}, "rank_dpo": {"beta": 100.0},
+    "d3po": {}, "spo": {"k": 2, "threshold": 0.0, "start": 0.0}, "lpo": {"k": 2, "threshold": 0.0},
+    "online": {"loss": {"name": "diffusion_dpo", "beta": 100.0}}, "semi_online": {"loss": {"name": "diffusion_dpo", "beta": 100.0}},
+    "drtune": {"k": 2}, "srpo": {}, "refl": {"window": 0.7}, "draft": {"k": 1}, "alignprop": {"mean_k": 1.0, "std_k": 0.5},
 }  # fmt: skip
 FLOWS = {"flow_grpo"}  # for rectified flows alone
 PAIRS, LABELS = ("diffusion_dpo", "diffusion_kto", "mapo", "inpo", "smpo"), ("sft", "guidance_distillation", "spin", "semi_online")
