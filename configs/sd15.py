@@ -10,7 +10,7 @@ A reward's arguments are fields, --config.reward.weights=FOLDER; another reward 
 What to expect, by the papers: DDPO raises the aesthetic score of the 45 animals from about 5 to beyond 6 in 200 steps of 256
 pictures; DRaFT and AlignProp go as high with a twentieth of the pictures, and lose diversity first: read gold and
 diversity beside the proxy. Every argument is checked here by shapes at full size and trained at toy size; none was trained
-by us at full size. `ours` marks what no source states. A step of DDPO keeps 12 800 transitions, 5.5 GB; where that does
+by us at full size. `ours` marks what no source states. A step of DDPO keeps 12 800 transitions, 2.5 GB; where that does
 not fit take fewer prompts or a timestep_fraction below 1. The prompts are the bare names of DDPO's 45 common animals, as
 in ddpo-pytorch's simple_animals (its activity tasks put an article before them); those of the report are 24 other animals.
 """
@@ -79,6 +79,84 @@ CHANGES: dict[str, dict[str, Any]] = {
     "raft": {
         "method": {"name": "raft", "top": 1, "draws": 4}, "batch": {"prompts": 32, "group": 8, "microbatch": 8}, "steps": 100,
         "optimizer.learning_rate": 1e-4, "sampling.eta": 0.0,
+    },
+    # DPOK (arXiv 2305.16381), github google-research dpok: rank 4, 1e-5, clip 0.1, 50 steps, guidance 7.5, ratio clip 1e-4, critic 1e-4.
+    # It draws 24 transitions of a buffer five times a step; ours: a tenth of the steps of 24 samples, and PickScore for ImageReward
+    "dpok": {
+        "method": {"name": "dpok", "kl_weight": 1e-3, "timestep_fraction": 0.1}, "reward": PICK, "judge": CLIP, "steps": 2000,
+        "checkpoint_every": 200, "evaluate_every": 200, "batch": {"prompts": 24, "group": 1, "microbatch": 8},
+        "optimizer.learning_rate": 1e-5, "optimizer.weight_decay": 0.0, "optimizer.clip_norm": 0.1, "sampling.guidance_scale": 7.5,
+    },
+    # DanceGRPO (arXiv 2505.07818), github XueZeyue/DanceGRPO, on SD 1.4: groups of 16, 512 samples an epoch, 300 epochs, 50 steps of
+    # DDIM with eta 1, guidance 5, 1e-5, all of the UNet, 60 % of the steps. Ours: PickScore for HPSv2.1, 256 samples a step
+    "dance_grpo": {
+        "method": {"name": "dance_grpo", "timestep_fraction": 0.6}, "reward": PICK, "judge": CLIP, "steps": 300,
+        "batch": {"prompts": 16, "group": 16, "microbatch": 8}, "optimizer.learning_rate": 1e-5, "lora": {},
+        "model_options.remat": True,
+    },
+    # RWR as in DDPO's baseline (arXiv 2305.13301), github jannerm/ddpo: SD 1.4, 1e-5, all of the UNet, rewards times 0.2, ten rounds of
+    # 10 240 samples seen five times. Ours: fresh samples every step, 256 of them, a round of 200 steps
+    "rwr": {
+        "method": {"name": "rwr", "lam": 0.2, "refresh": 200, "snr_gamma": None}, "steps": 2000, "checkpoint_every": 200,
+        "evaluate_every": 200, "optimizer.learning_rate": 1e-5, "lora": {}, "model_options.remat": True, "batch.updates": 1,
+    },
+    # Lee et al. (arXiv 2302.12192): SD 1.5, 1e-5, beta about 1 (both from memory). Ours: CLIPScore, which lies in [0, 1], for their
+    # reward model, and the pre-training loss on the base's own samples
+    "lee": {
+        "method": {"name": "lee", "beta": 1.0, "low": 0.0, "high": 1.0, "snr_gamma": None}, "reward": CLIP, "judge": PICK, "steps": 2000,
+        "checkpoint_every": 200, "evaluate_every": 200, "batch": {"prompts": 64, "group": 1, "microbatch": 8},
+        "optimizer.learning_rate": 1e-5, "sampling.eta": 0.0, "lora": {}, "model_options.remat": True,
+    },
+    # Adjoint Matching (arXiv 2409.08861), github microsoft/soc-fine-tuning-sd: lam 100, 3e-6, betas .9 and .95, 20 warm-up steps,
+    # batch 125, 50 steps with 4 of them trained, guidance 7.5, all of the UNet in float32. Ours: PickScore for ImageReward, one loss
+    # clip for its quantile mask, 120 samples a step
+    "adjoint_matching": {
+        "method": {"name": "adjoint_matching", "lam": 100.0, "timestep_fraction": 0.08, "loss_clip": 1.6}, "reward": PICK, "judge": CLIP,
+        "steps": 1000, "checkpoint_every": 100, "evaluate_every": 100, "batch": {"prompts": 120, "group": 1, "microbatch": 4},
+        "optimizer.learning_rate": 3e-6, "optimizer.b2": 0.95, "optimizer.warmup_steps": 20, "sampling.guidance_scale": 7.5,
+        "lora": {}, "model_options.remat": True, "model_options.dtype": "float32",
+    },
+    # PRDP (arXiv 2402.08714), its small scale on SD 1.4: 32 prompts x 16 samples, 100 epochs, 50 steps, guidance 5, beta 10 for the
+    # aesthetic score, all of the UNet. The learning rate is ours, that of DDPO there
+    "prdp": {
+        "method": {"name": "prdp", "beta": 10.0}, "steps": 100, "batch": {"prompts": 32, "group": 16, "microbatch": 2},
+        "optimizer.learning_rate": 1e-5, "lora": {}, "model_options.remat": True,
+    },
+    # Diffusion-KTO (arXiv 2404.04465), github jacklishufan/diffusion-kto: beta 1000, 1e-7, 20 000 steps, batch 8 a device; ours: 64
+    "diffusion_kto": {
+        "method": {"name": "diffusion_kto", "beta": 1000.0}, "reward": PICK, "judge": CLIP, "steps": 20_000, "checkpoint_every": 1000,
+        "evaluate_every": 2000, "batch": {"prompts": 64, "group": 1, "microbatch": 8}, "optimizer.learning_rate": 1e-7,
+        "optimizer.weight_decay": 1e-2, "sampling.eta": 0.0, "sampling.guidance_scale": 7.5, "lora": {}, "model_options.remat": True,
+        "data": {"pairs": "pick_a_pic:data_cache/pickapic_v2", "data_dir": "data_cache", "latents": "", "drop": 0.2},
+    },
+    # SPIN-Diffusion (arXiv 2402.10210): the winners of Pick-a-Pic, three iterations, beta 2000, 50 steps, guidance 7.5; its code
+    # was not at hand: learning rate, batch and length of an iteration are ours
+    "spin": {
+        "method": {"name": "spin", "beta": 2000.0, "every": 500}, "reward": PICK, "judge": CLIP, "steps": 1500, "checkpoint_every": 100,
+        "evaluate_every": 500, "batch": {"prompts": 64, "group": 1, "microbatch": 8}, "optimizer.learning_rate": 2e-5,
+        "sampling.eta": 0.0, "sampling.guidance_scale": 7.5, "lora": {}, "model_options.remat": True,
+        "data": {"labels": "folder", "path": "data_cache/pictures", "latents": "", "drop": 0.0},
+    },
+    # InPO (arXiv 2503.18454), github JaydenLyh/InPO: beta 2000 on SD 1.5, 400 steps of 1024 pairs, 200 warm-up steps, 1e-8 times the batch
+    "inpo": {
+        "method": {"name": "inpo", "beta": 2000.0, "steps": 10, "eta": 0.1}, "reward": PICK, "judge": CLIP, "steps": 400,
+        "checkpoint_every": 50, "evaluate_every": 100, "batch": {"prompts": 1024, "group": 1, "microbatch": 8},
+        "optimizer.learning_rate": 1e-8 * 1024, "optimizer.weight_decay": 1e-2, "optimizer.warmup_steps": 200, "sampling.eta": 0.0,
+        "sampling.guidance_scale": 7.5, "lora": {}, "model_options.remat": True,
+        "data": {"pairs": "pick_a_pic:data_cache/pickapic_v2", "data_dir": "data_cache", "latents": "", "drop": 0.2},
+    },
+    # D3PO (arXiv 2311.13231), github yk7333/d3po: 20 steps, eta 1, guidance 5, beta .1, ratio clip .1, 3e-5, LoRA. Ours: pairs by the
+    # aesthetic score for people's choices, 64 samples a step
+    "d3po": {
+        "method": {"name": "d3po", "beta": 0.1, "clip_range": 0.1}, "steps": 400, "batch": {"prompts": 32, "group": 2, "microbatch": 8},
+        "optimizer.learning_rate": 3e-5, "sampling.num_steps": 20,
+    },
+    # SPO (arXiv 2406.04314), github RockeyCoss/SPO: 20 steps, eta 1, guidance 5, 4 candidates, beta 10, threshold .3, 6e-5, rank 4.
+    # Ours: PickScore of the clean prediction for its step-aware preference model, 40 prompts a step
+    "spo": {
+        "method": {"name": "spo", "k": 4, "beta": 10.0, "clip_range": 0.1, "threshold": 0.3}, "reward": PICK, "judge": CLIP, "steps": 1000,
+        "checkpoint_every": 100, "evaluate_every": 100, "batch": {"prompts": 40, "group": 1, "microbatch": 4},
+        "optimizer.learning_rate": 6e-5, "sampling.num_steps": 20,
     },
     # DiffusionNFT (arXiv 2509.16117; SD 3.5 there), github NVlabs/DiffusionNFT: rank 32, alpha 64, 3e-4, beta 1, reference 1e-4,
     # adv_clip 5, 48 groups of 24, EMA .9, no guidance. Ours: SD 1.5, PickScore, 20 steps for 10, 12 groups

@@ -35,7 +35,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "data": {"pairs": "pick_a_pic:data_cache/pickapic_v2", "data_dir": "data_cache", "latents": "", "drop": 0.2},
     },
     # DDPO (arXiv 2305.13301), github kvablack/ddpo-pytorch config/dgx.py aesthetic, for SD 1; ours: 64 samples a step for 256, and
-    # half the times, for 1600 transitions of 1.4 MB are kept
+    # half the times, for 1600 transitions of 0.8 MB are kept
     "ddpo_aesthetic": {
         "method": {"name": "ddpo", "advantage": "prompt", "num_prompts": 0, "buffer": 32, "min_count": 16, "clip_range": 1e-4,
                    "adv_clip": 5.0, "timestep_fraction": 0.5},
@@ -50,6 +50,33 @@ CHANGES: dict[str, dict[str, Any]] = {
         "optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 1e-2, "lora": {"rank": 4, "targets": "diffusers", "file": ""},
         # a folder with pictures of 1024 x 1024 and a captions.jsonl; or latents, a folder of training/precompute.py
         "data": {"labels": "folder", "path": "data_cache/pictures", "latents": "", "drop": 0.1}, "model_options.remat": True,
+    },
+    # DRTune (arXiv 2405.00760), no official code: 5 of 50 steps, early stop in the last 40 %, guidance 5. Ours: rank, 1e-4, batch, discount
+    "drtune_pickscore": {
+        "method": {"name": "drtune", "k": 5, "early_stop": 0.4, "discount": 0.98}, "steps": 1000,
+        "batch": {"prompts": 16, "group": 1, "microbatch": 1}, "optimizer.learning_rate": 1e-4,
+        "lora": {"rank": 32, "targets": "draft", "file": ""}, "model_options.remat": True,
+    },
+    # MaPO (arXiv 2406.06424), github mapo-t2i/mapo: 1e-5, 2000 steps, beta .1, 16 pairs a device; all else ours
+    "mapo": {
+        "method": {"name": "mapo", "beta": 0.1}, "steps": 2000, "batch": {"prompts": 64, "group": 1, "microbatch": 1},
+        "optimizer.learning_rate": 1e-5, "lora": {"rank": 64, "targets": "diffusers", "file": ""}, "model_options.remat": True,
+        "data": {"pairs": "pick_a_pic:data_cache/pickapic_v2", "data_dir": "data_cache", "latents": "", "drop": 0.2},
+    },
+    # SPO (arXiv 2406.04314), github RockeyCoss/SPO: 20 steps, eta 1, guidance 5, 2 candidates, threshold .4, 1e-5, rank 64. Ours:
+    # PickScore of the clean prediction for its step-aware preference model, 16 prompts a step
+    "spo": {
+        "method": {"name": "spo", "k": 2, "beta": 10.0, "clip_range": 0.1, "threshold": 0.4}, "steps": 1000,
+        "batch": {"prompts": 16, "group": 1, "microbatch": 1}, "optimizer.learning_rate": 1e-5, "sampling.num_steps": 20,
+        "sampling.eta": 1.0, "lora": {"rank": 64, "targets": "diffusers", "file": ""},
+    },
+    # RankDPO (arXiv 2410.18013): lists of four pictures by four models, ranked by five rewards; steps and rate as Diffusion-DPO here
+    "rank_dpo": {
+        "method": {"name": "rank_dpo", "beta": 2500.0}, "steps": 2000, "batch": {"prompts": 512, "group": 1, "microbatch": 1},
+        "optimizer.name": "adafactor", "optimizer.learning_rate": 1e-8 * 2048, "optimizer.warmup_steps": 200, "lora": {},
+        "model_options.remat": True, "model_options.param_dtype": "float32",
+        # what `label --list 4` writes
+        "data": {"lists": "data_cache/lists.npz", "length": 4, "drop": 0.2},
     },
 }  # fmt: skip
 ARGUMENTS = tuple(CHANGES)

@@ -125,6 +125,8 @@ def small(config, world):
             if "head" in reward:
                 reward.head = str(world / "head.safetensors")
     config.sampling.num_steps = 2
+    if "k" in config.method and config.method.name == "drtune":
+        config.method.k = 2
     config.model_options.remat = True
     config.batch.update(prompts=4, group=min(config.batch.group, 2), microbatch=4)
     return config
