@@ -2,12 +2,14 @@
 
   python -m alignment_jax train --config=configs/critters.py:default --workdir=runs/default --config.seed=0
 
-The recipe is DRaFT-4 held near the base (anchor 2), of whose change 0.7 is kept. On two cores, in 230 to 255 s with evaluation,
-1 024 samples of 128 held-out prompts, gold all-right rate [95 %] and pixel diversity among right samples, relative to the base:
+The recipe is DRaFT-4 held near the base (anchor 2), of whose change 0.7 is kept. On two idle cores, in 230 to 255 s with
+evaluation, 1 024 samples of 128 held-out prompts, gold all-right rate [95 %] and pixel diversity among right samples, relative to
+the base:
   base, at its best guidance (2), twice the calls   .613 [.565, .659]  1
-  seed 0 / 1 / 2     .856 [.825, .883] / .899 [.872, .922] / .873 [.844, .897]     .94 / .92 / .91
+  seed 0 / 1 / 2     .880 [.852, .903] / .880 [.851, .904] / .810 [.770, .844]     .92 / .92 / .90
   best of 8 of the base by the proxy                .961 [.912, .983]
-Rounding differs between machines, and so do runs of one seed: seed 0 gave .888 at .94 on another.
+Rounding alone moves a run this far: with kernels merged for training, the same in exact arithmetic, the seeds gave .856 / .899 /
+.873 at .94 / .92 / .91, and seed 0 on another machine .888 at .94.
 The 0.7 was chosen on other held-out prompts. There, 280 steps with all of the change kept gave .93-.94 at diversity .75-.81,
 0.85: .92-.93 at .83-.88, 0.65: .86-.89 at .92-.95; with anchor 1 all of the change gave .74 at .77: the proxy was hacked.
 On 128 further held-out prompts that had part in no choice: base .541, seeds 0 / 1 / 2 .836 / .820 / .865 at .95 / .92 / .93.
@@ -39,10 +41,50 @@ CHANGES = {
     # samples it also feeds on its errors: at 3e-4 and guidance 3 the pictures were gone after 60 steps (gold .01)
     "raft": {"method": {"name": "raft", "top": 1, "draws": 4}, "batch": {"prompts": 16, "group": 8, "microbatch": 64},
              "steps": 60, "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
+    "drtune": {"method": {"name": "drtune", "k": 4, "discount": 0.7}, "steps": 180},
+    # samples the tilt p_base exp(lam r); eta 1 is what makes the chain memoryless
+    "adjoint_matching": {"method": {"name": "adjoint_matching", "lam": 10.0}, "sampling.eta": 1.0, "steps": 180,
+                         "optimizer.learning_rate": 3e-4},
+    "dpok": {"method": {"name": "dpok", "advantage": "group", "critic_learning_rate": 1e-3, "timestep_fraction": 0.5},
+             "sampling.eta": 1.0, "steps": 100, "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
+    "dance_grpo": {"method": {"name": "dance_grpo"}, "sampling.eta": 1.0, "steps": 100,
+                   "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
+    "mix_grpo": {"method": {"name": "mix_grpo", "window": 3, "every": 10}, "sampling.eta": 1.0, "steps": 100,
+                 "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
+    "prdp": {"method": {"name": "prdp", "beta": 0.1}, "sampling.eta": 1.0, "steps": 100, "optimizer.learning_rate": 3e-4,
+             "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
+    "awm": {"method": {"name": "awm", "reference_weight": 0.01, "adv_clip": 1.0, "draws": 2}, "steps": 160,
+            "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 3e-4},
+    "rwr": {"method": {"name": "rwr", "lam": 2.0, "per_prompt": True, "draws": 4, "refresh": 20}, "steps": 60,
+            "batch": {"prompts": 16, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
+    "d3po": {"method": {"name": "d3po", "pairs": "all"}, "sampling.eta": 1.0, "steps": 100, "optimizer.learning_rate": 3e-4,
+             "batch": {"prompts": 8, "group": 4, "microbatch": 64}},
+    "spo": {"method": {"name": "spo", "k": 4, "temperature": 0.1, "threshold": 0.1}, "sampling.eta": 1.0, "steps": 100,
+            "optimizer.learning_rate": 3e-4, "batch": {"prompts": 16, "group": 1, "microbatch": 64}},
+    # a pair loss on the policy's own samples, the proxy for an annotator
+    "online_dpo": {"method": {"name": "online", "loss": {"name": "diffusion_dpo", "beta": 2000.0}, "temperature": 0.1}, "steps": 150,
+                   "batch": {"prompts": 16, "group": 4, "microbatch": 64}, "optimizer.learning_rate": 1e-4,
+                   "sampling.guidance_scale": 2.0},
+    # two rewards, of which the worse one is climbed: the fragile one alone would be hacked
+    "maxmin": {"method": {"name": "draft", "k": 4, "anchor_weight": 2.0}, "steps": 120, "aggregate": {"how": "maxmin", "step": 0.05},
+               "reward": "{'name': 'several', 'rewards': ['critters_proxy', 'critters_fragile']}"},
     # pairs: an .npz of winner, loser, prompts and preference; these are made by
     #   python -m alignment_jax label --guidance_scale=2 --pairs=4096 --out=data_cache/critters_pairs.npz
     "diffusion_dpo": {"method": {"name": "diffusion_dpo", "beta": 2000.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
                       "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 300, "optimizer.learning_rate": 1e-4},
+    # the same pairs, sampled with the guidance under which they were drawn
+    "diffusion_dpo_guided": {"method": {"name": "diffusion_dpo", "beta": 2000.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
+                             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 300, "optimizer.learning_rate": 3e-4,
+                             "sampling.guidance_scale": 2.0},
+    "diffusion_kto": {"method": {"name": "diffusion_kto", "beta": 1000.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
+                      "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 200, "optimizer.learning_rate": 3e-4,
+                      "sampling.guidance_scale": 2.0},
+    "inpo": {"method": {"name": "inpo", "beta": 2000.0, "steps": 8}, "data": {"pairs": "data_cache/critters_pairs.npz"},
+             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 150, "optimizer.learning_rate": 3e-4,
+             "sampling.guidance_scale": 2.0},
+    "mapo": {"method": {"name": "mapo", "beta": 0.1}, "data": {"pairs": "data_cache/critters_pairs.npz"},
+             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 200, "optimizer.learning_rate": 3e-5,
+             "sampling.guidance_scale": 2.0},
     # the renders themselves, drawn on first use, with their noisy captions
     "sft": {"method": {"name": "sft"}, "data": {"labels": "critters", "drop": 0.1}, "steps": 400, "optimizer.learning_rate": 3e-4,
             "sampling.guidance_scale": 3.0},

@@ -2,6 +2,7 @@
 
 The slow tier measures anew and writes tests/curves/NAME.json:
   python -m pytest tests/test_curves.py -m slow -k diffusion_nft
+Configs without a file there are not measured yet.
 """
 
 import json
@@ -30,7 +31,7 @@ SERIES = ("gold/all", "proxy", "diversity/pixel_right")
 @pytest.mark.parametrize("name", NAMES)
 def test_measure(name, tmp_path):
     """Trains the config as it stands and writes what was measured."""
-    if name == "diffusion_dpo" and not (ROOT / "data_cache" / "critters_pairs.npz").exists():
+    if "pairs" in CONFIGS["get_config"](name).data and not (ROOT / "data_cache" / "critters_pairs.npz").exists():
         command = ["label", "--guidance_scale=2", "--pairs=4096", "--out=data_cache/critters_pairs.npz"]
         subprocess.run([sys.executable, "-m", "alignment_jax", *command], check=True, cwd=ROOT)
     workdir = tmp_path / name
@@ -53,7 +54,7 @@ def test_measure(name, tmp_path):
     (CURVES / f"{name}.json").write_text(json.dumps(curve, indent=1) + "\n")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(p.stem for p in CURVES.glob("*.json")))
 def test_the_committed_curve_belongs_to_the_present_config(name):
     curve = json.loads((CURVES / f"{name}.json").read_text())
     assert curve["config"] == plain(CONFIGS["get_config"](name)), "measure anew: see the head of this file"
