@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from functools import partial
 from typing import Any
 
@@ -95,26 +97,33 @@ FLOW_SDE = {"flow_grpo": ("sqrt", 0.7), "dance_grpo": ("constant", 0.7), "mix_gr
 LEARNING_RATE = dict.fromkeys(["ddpo", "dpok", "flow_grpo", "dance_grpo", "mix_grpo", "d3po"], 1e-3)
 
 
-def mixture_run(name: str, *, lora: bool = False, learning_rate: float | None = None, reward=near, dtype=jnp.float32,
-                eta: float | None = None, **overrides):  # fmt: skip
-    """(parts, programs, state, frozen, sampler) of a method on the mixture."""
+@functools.cache
+def mixture_parts(name: str, lora: bool, learning_rate: float | None, reward, dtype, eta: float | None, overrides: tuple):
+    """(parts, programs, sampler) of a method on the mixture; the same call gets the same programs, compiled and all."""
     bundle = mixture_bundle(dtype, flow=name in FLOW_SDE)
     grid = sampling_grid(bundle.schedule, 6)
     sampler = Sampler(bundle.schedule, grid, "x0", eta=ETA.get(name, 0.0) if eta is None else eta, flow_sde=FLOW_SDE.get(name))
     entry = ALGORITHMS[name]
-    kwargs = {"sampler": sampler, "shape": (2,), "group": 8} | SETTINGS[name] | overrides
-    import inspect
-
+    kwargs = {"sampler": sampler, "shape": (2,), "group": 8} | SETTINGS[name] | dict(overrides)
     known = inspect.signature(entry.factory).parameters
     algorithm = entry.factory(**{k: v for k, v in kwargs.items() if k in known})
     tx, _ = optimizer(steps=100, name="adam", learning_rate=learning_rate or LEARNING_RATE.get(name, 5e-3))
     partition = lora_partition(rank=4, targets="net/dense") if lora else full_partition("net")
     parts = Parts(bundle, algorithm, partition, tx, Reward("near", reward), ema_decay=0.9)
-    programs = build(parts)
-    params = bundle.init(jax.random.key(0))
-    trained, frozen_params = partition.init(jax.random.key(1), params)
+    return parts, build(parts), sampler
+
+
+def mixture_run(name: str, *, lora: bool = False, learning_rate: float | None = None, reward=near, dtype=jnp.float32,
+                eta: float | None = None, fresh: bool = False, **overrides):  # fmt: skip
+    """(parts, programs, state, frozen, sampler) of a method on the mixture; fresh: with programs that have not run yet."""
+    make = mixture_parts.__wrapped__ if fresh else mixture_parts
+    traced = near if ALGORITHMS[name].reward == "value" else reward  # scores are taken outside of the programs, in one_step
+    parts, programs, sampler = make(name, lora, learning_rate, traced, dtype, eta, tuple(overrides.items()))
+    params = parts.bundle.init(jax.random.key(0))
+    trained, frozen_params = parts.partition.init(jax.random.key(1), params)
     frozen = {"params": frozen_params, "reward": None, "null": {"label": jnp.zeros((1, 2))}}
-    return parts, programs, programs.init(jax.random.key(2), trained, frozen["null"]), frozen, sampler
+    state = programs.init(jax.random.key(2), trained, frozen["null"])
+    return parts._replace(reward=Reward("near", reward)), programs, state, frozen, sampler
 
 
 def mixture_data(needs: str, key: jax.Array, n: int = 64) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def one_step(parts, programs, state, frozen, data, number: int, size: int = 64, 
     n = steps.leading(data)
     keys = jax.random.split(jax.random.fold_in(state.key, number), 3)
     rolled = steps.mapped(lambda k, d: programs.rollout(state, frozen, k, d), n, size, jax.random.split(keys[0], n), data)
-    rewards = programs.score(frozen, rolled["x0"], {}) if parts.algorithm.needs.reward == "value" else None
+    rewards = parts.reward.score(None, rolled["x0"], {}) if parts.algorithm.needs.reward == "value" else None
     items, extra, info = programs.prepare(keys[1], state.extra, rolled, rewards)
     state = state._replace(extra=extra)
     n_items = steps.leading(items)

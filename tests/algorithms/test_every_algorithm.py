@@ -57,7 +57,7 @@ def test_gradient_reaches_every_trained_leaf_and_no_frozen_one(name, lora):
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_each_program_once_over_ten_steps(name):
     """Also: every number that a method reports is in the catalogue of metrics."""
-    _, programs, *_, log = worlds.run_steps(name, 10, n=32, size=16)
+    _, programs, *_, log = worlds.run_steps(name, 10, n=32, size=16, fresh=True)
     assert all(describe(metric) for metric in log[0])
     sizes = {k: f._cache_size() for k, f in programs._asdict().items()}
     assert all(size <= 1 for size in sizes.values()), sizes
