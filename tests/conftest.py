@@ -1,5 +1,6 @@
 """One CPU device, no network, deprecations of our own making are errors (see pyproject.toml)."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The shared table goes method by method, so that a method's compiled programs can be let go when its tests are over."""
+    table = [i for i in items if i.path.name == "test_every_algorithm.py"]
+    first = items.index(table[0]) if table else 0
+    by_method = sorted(table, key=lambda i: str(getattr(i, "callspec", None) and i.callspec.params.get("name")))
+    items[first : first + len(table)] = by_method
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+    """Every compiled program holds memory maps, of which Linux gives a process 65 530; past them the compiler crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ FLOW_SDE = {"flow_grpo": ("sqrt", 0.7), "dance_grpo": ("constant", 0.7), "mix_gr
 LEARNING_RATE = dict.fromkeys(["ddpo", "dpok", "flow_grpo", "dance_grpo", "mix_grpo", "d3po"], 1e-3)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=6)
 def mixture_parts(name: str, lora: bool, learning_rate: float | None, reward, dtype, eta: float | None, overrides: tuple):
     """(parts, programs, sampler) of a method on the mixture; the same call gets the same programs, compiled and all."""
     bundle = mixture_bundle(dtype, flow=name in FLOW_SDE)
