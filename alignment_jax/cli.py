@@ -78,6 +78,8 @@ def train(rest: Sequence[str]) -> None:
     _no_more(rest)
     _compilation_cache()
     config = FLAGS.config
+    if config.get("kind") == "reward":
+        raise ValueError(f"{config.name} describes a reward model; use: python -m alignment_jax train-reward with the same flags")
     if config.get("kind") == "recogniser":
         from .training import recogniser
 

@@ -25,6 +25,7 @@ def get_config(which: str = "picture") -> ConfigDict:
     if which not in ARGUMENTS:
         raise ValueError(f"configs/critters_reward.py has no {which!r}; choose one of {', '.join(ARGUMENTS)}")
     c = ConfigDict()
+    c.kind = "reward"  # for `train-reward`
     c.name = f"critters_reward:{which}"
     c.seed = 0
     c.steps = 250 if which == "noisy" else 200

@@ -128,7 +128,7 @@ def test_every_config_builds_and_knows_its_fields():
         spec.loader.exec_module(module)
         for argument in module.ARGUMENTS:
             config = module.get_config(argument)
-            assert config.get("kind") == "recogniser" or fields <= set(config), (path, argument)
+            assert config.get("kind") in ("recogniser", "reward") or fields <= set(config), (path, argument)
         with pytest.raises(ValueError, match="choose one of"):
             module.get_config("nonsense")
 

@@ -67,7 +67,7 @@ def test_per_prompt_statistics_count_the_prompts_by_themselves():
     made = config()
     bundle, params = build.model(made)
     plan = build.planned(made, bundle, params, build.reward(made))
-    assert plan.parts.algorithm.init(jax.random.key(0)).values.shape == (3, 32)
+    assert plan.parts.algorithm.init(jax.random.key(0))["memory"].values.shape == (3, 32)
 
 
 def test_a_reward_on_the_command_line_may_be_a_dictionary():
