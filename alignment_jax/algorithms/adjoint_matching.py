@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Denoise, Sampler, expand, initial, sample, transition
-from .base import Algorithm, Info, Needs, Networks, Tree, fold
+from ..diffusion import Denoise, Sampler, expand, transition
+from .base import Algorithm, Info, Needs, Networks, Tree, draw, fold, reward_gradient
 
 Array = jax.Array
 
@@ -50,16 +50,10 @@ def adjoint_matching(sampler: Sampler, shape: tuple[int, ...], *, lam: float = 1
         return step.mean, step.std
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        _, trajectory = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True)
+        _, trajectory = draw(keys, networks["policy"], data["cond"], sampler, shape, keep=True)
         states = trajectory.x[:-1]
         end, _ = mean(networks["reference"], sampler.num_steps - 1, states[-1], data["cond"])
-
-        def total(x: Array) -> tuple[Array, Array]:
-            reward = networks["reward"](fold(keys, 2), x, data["condition"])
-            return reward.sum(), reward
-
-        gradient, reward = jax.grad(total, has_aux=True)(end)
+        reward, gradient = reward_gradient(networks, fold(keys, 2), end, data["condition"])
         adjoints = lean_adjoints(networks["reference"], data["cond"], sampler, states, -lam * gradient)
         return {**data, "x": states.swapaxes(0, 1), "adjoint": adjoints.swapaxes(0, 1), "reward": reward}
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, initial, sample, target
+from ..diffusion import Sampler, target
 from . import advantages
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square
+from .base import Algorithm, Info, Needs, Networks, Tree, draw, mean_square
 from .losses import noised, ppo
 
 Array = jax.Array
@@ -35,8 +35,7 @@ def awm(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, clip_range:
     weights = {"reference": reference_weight, "ema": ema_weight}
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        x0, _ = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T)
+        x0, _ = draw(keys, networks["policy"], data["cond"], sampler, shape)
         return {**data, "x0": x0}
 
     def prepare(key: Array, extra: Tree, rollout: Tree, rewards: Array) -> tuple[Tree, Tree, Info]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..diffusion import Denoise, Sampler, initial, sample
+
 Array = jax.Array
 Tree = Any
 Networks = Mapping[str, Callable[..., Array]]
@@ -77,6 +79,23 @@ class Algorithm(NamedTuple):
 def fold(keys: Array, n: int) -> Array:
     """The n-th stream of the keys [B]."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, n)
+
+
+def draw(keys: Array, denoise: Denoise, cond: Tree, sampler: Sampler, shape: tuple[int, ...], *, keep: bool = False) -> Any:
+    """Samples [B, *shape] of the chain from fresh noise, one for each key, as `diffusion.sample` returns them."""
+    x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
+    return sample(fold(keys, 1), denoise, cond, sampler, x_T, keep=keep)
+
+
+def reward_gradient(networks: Networks, keys: Array, x: Array, condition: Tree) -> tuple[Array, Array]:
+    """The reward [B] of x [B, ...] and its gradient [B, ...]."""
+
+    def total(x: Array) -> tuple[Array, Array]:
+        reward = networks["reward"](keys, x, condition)
+        return reward.sum(), reward
+
+    gradient, reward = jax.grad(total, has_aux=True)(x)
+    return reward, gradient
 
 
 def uniform(keys: Array) -> Array:

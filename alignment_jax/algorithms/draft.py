@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..diffusion import Sampler, expand, initial, normal, sample
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square, uniform
+from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square, reward_gradient, uniform
 from .losses import chain_adjoints, chained, linear
 
 Array = jax.Array
@@ -60,7 +60,7 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
         x, noises = begin(keys, items, 0)
         noise = lambda key, i, step: step.mean + expand(step.std, x) * noises[i - start]  # noqa: E731
         end, trajectory = sample(keys, networks["policy"], items["cond"], sampler, x, start=start, noise=noise, keep=True)
-        reward, gradient = _reward_gradient(keys, networks, end, items)
+        reward, gradient = reward_gradient(networks, fold(keys, 5000), end, items["condition"])
         cotangents = chain_adjoints(networks["policy"], items["cond"], sampler, trajectory.x[:-1], gradient, start)
         return {**items, "states": trajectory.x[:-1].swapaxes(0, 1), "cotangents": cotangents.swapaxes(0, 1), "reward": reward}
 
@@ -111,12 +111,3 @@ def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, 
         return -reward, {"reward": reward, "k": kept}
 
     return Algorithm(Needs("prompts", "gradient"), loss, rollout=rollout)
-
-
-def _reward_gradient(keys: Array, networks: Networks, end: Array, items: Tree) -> tuple[Array, Array]:
-    def total(x: Array) -> tuple[Array, Array]:
-        reward = networks["reward"](fold(keys, 5000), x, items["condition"])
-        return reward.sum(), reward
-
-    gradient, reward = jax.grad(total, has_aux=True)(end)
-    return reward, gradient

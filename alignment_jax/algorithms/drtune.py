@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, initial, sample, transition
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, uniform
+from ..diffusion import Sampler, transition
+from .base import Algorithm, Info, Needs, Networks, Tree, draw, fold, reward_gradient, uniform
 from .losses import linear
 
 Array = jax.Array
@@ -56,17 +56,12 @@ def drtune(sampler: Sampler, shape: tuple[int, ...], *, k: int = 5, early_stop: 
     first, stride = steps - int(np.ceil(early_stop * steps)), steps // k
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        x0, path = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True)
+        x0, path = draw(keys, networks["policy"], data["cond"], sampler, shape, keep=True)
         m = first + jnp.floor(uniform(fold(keys, 2)) * (steps - first + 1)).astype(jnp.int32)  # steps: no early stop
         clean = jnp.concatenate([path.x0, x0[None]])
         end = jax.vmap(lambda ends, j: ends[j], (1, 0))(clean, m)
 
-        def total(x: Array) -> tuple[Array, Array]:
-            reward = networks["reward"](fold(keys, 3), x, data["condition"])
-            return reward.sum(), reward
-
-        gradient, reward = jax.grad(total, has_aux=True)(end)
+        reward, gradient = reward_gradient(networks, fold(keys, 3), end, data["condition"])
         offset = jnp.floor(uniform(fold(keys, 4)) * stride).astype(jnp.int32)
         i = steps - 1 - (offset[:, None] + stride * jnp.arange(k))
         x = jax.vmap(lambda states, j: states[j], (1, 0))(path.x, i)

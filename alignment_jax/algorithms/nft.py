@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, expand, initial, predict, sample
+from ..diffusion import Sampler, expand, predict
 from . import advantages
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square
+from .base import Algorithm, Info, Needs, Networks, Tree, draw, mean_square
 from .losses import noised
 
 Array = jax.Array
@@ -29,8 +29,7 @@ def diffusion_nft(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, b
     rule, memory = advantages.rule(advantage, group, 0, 0, 0)
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        x0, _ = sample(fold(keys, 1), networks["old"], data["cond"], sampler, x_T)
+        x0, _ = draw(keys, networks["old"], data["cond"], sampler, shape)
         return {**data, "x0": x0}
 
     def prepare(key: Array, extra: Tree, rollout: Tree, rewards: Array) -> tuple[Tree, Tree, Info]:

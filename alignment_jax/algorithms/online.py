@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, initial, sample
-from .base import Algorithm, Info, Needs, Networks, Tree, fold
+from ..diffusion import Sampler
+from .base import Algorithm, Info, Needs, Networks, Tree, draw
 from .dpo import diffusion_dpo
 from .pairs import check, choose, shares
 
@@ -104,8 +104,7 @@ def _driver(sampler: Sampler, shape: tuple[int, ...], loss_: Callable[[Sampler],
         return {**extra, "buffer": empty, "step": jnp.zeros((), jnp.int32)}
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        x0, _ = sample(fold(keys, 1), networks[source], data["cond"], sampler, x_T)
+        x0, _ = draw(keys, networks[source], data["cond"], sampler, shape)
         return {**data, "x0": x0} | ({"winner": data["x0"]} if "x0" in data else {})
 
     def prepare(key: Array, extra: Tree, rollout: Tree, rewards: Any) -> tuple[Tree, Tree, Info]:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, initial, sample, transition
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square, uniform
+from ..diffusion import Sampler, transition
+from .base import Algorithm, Info, Needs, Networks, Tree, draw, fold, mean_square, uniform
 
 Array = jax.Array
 
@@ -25,8 +25,7 @@ def refl(sampler: Sampler, shape: tuple[int, ...], *, window: float = 0.25, weig
         raise ValueError(f"window is a share of the chain, in (0, 1]; got {window}")
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        _, trajectory = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True)
+        _, trajectory = draw(keys, networks["policy"], data["cond"], sampler, shape, keep=True)
         i = first + jnp.floor(uniform(fold(keys, 2)) * (steps - first)).astype(jnp.int32)
         x = jax.vmap(lambda path, j: path[j], (1, 0))(trajectory.x, i)
         return {"x": x, "i": i, "cond": data["cond"], "condition": data["condition"]}

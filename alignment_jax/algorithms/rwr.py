@@ -12,9 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, initial, sample
+from ..diffusion import Sampler
 from .advantages import finite
-from .base import Algorithm, Info, Needs, Networks, Tree, fold
+from .base import Algorithm, Info, Needs, Networks, Tree, draw
 from .losses import denoise_error, noised
 
 Array = jax.Array
@@ -26,8 +26,7 @@ def weighted_likelihood(sampler: Sampler, shape: tuple[int, ...], weigh: Weigh, 
     """L = w |eps - eps_theta|^2 at re-noised samples of the network `source`; weigh(rewards [B]) -> (rows [N], weights [N], info)."""
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        x0, _ = sample(fold(keys, 1), networks[source], data["cond"], sampler, x_T)
+        x0, _ = draw(keys, networks[source], data["cond"], sampler, shape)
         return {**data, "x0": x0}
 
     def prepare(key: Array, extra: Tree, rollout: Tree, rewards: Array) -> tuple[Tree, Tree, Info]:

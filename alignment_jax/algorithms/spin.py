@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from ..diffusion import Sampler, initial, sample
-from .base import Algorithm, Networks, Tree, fold
+from ..diffusion import Sampler
+from .base import Algorithm, Networks, Tree, draw
 from .dpo import diffusion_dpo
 
 Array = jax.Array
@@ -26,8 +26,7 @@ def spin(sampler: Sampler, shape: tuple[int, ...], *, beta: float = 2000.0, ever
     pair = diffusion_dpo(sampler, beta=beta, link=link, weight_space=weight_space, safeguard=safeguard)
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        x0, _ = sample(fold(keys, 1), networks["previous"], data["cond"], sampler, x_T)
+        x0, _ = draw(keys, networks["previous"], data["cond"], sampler, shape)
         return {**{k: v for k, v in data.items() if k != "x0"}, "winner": data["x0"], "loser": x0}
 
     copies = {name: ("every", every) for name in ("previous", "reference")}

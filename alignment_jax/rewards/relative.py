@@ -26,6 +26,9 @@ def relative(reward: Reward, positive: str, negative: str) -> Reward:
         return {side: encode_one([f"{words} {p}".strip() for p in prompts]) for side, words in (("+", positive), ("-", negative))}
 
     def score(params: Any, observation: Any, condition: Any) -> Any:
+        if reward.tower:  # the picture is looked at once
+            features = reward.tower.features(params["tower"], observation)
+            return jnp.stack([reward.tower.head(params["head"], features, condition[side]) for side in "+-"], -1)
         return jnp.stack([reward.score(params, observation, condition[side]) for side in "+-"], -1)
 
     return reward._replace(name=f"{reward.name} ({positive} - {negative})", score=Columns(("wanted", "unwanted"), score),

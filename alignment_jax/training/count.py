@@ -13,8 +13,8 @@ from . import loop
 Tree = Any
 
 
-def counted(function: Callable[..., Tree], counter: Counter[str], name: str, rows: Callable[..., int]) -> Callable[..., Tree]:
-    """function(params, ...) that adds its rows to counter[name] at every run, and to counter[name + " backward"] in gradients."""
+def counted(function: Callable[..., Tree], counter: Counter[str], name: str) -> Callable[..., Tree]:
+    """function(params, x [B, ...], ...) that adds B to counter[name] at every run, and to counter[name + " backward"] in gradients."""
 
     def add(name: str, n: int) -> None:
         def now() -> None:
@@ -24,17 +24,17 @@ def counted(function: Callable[..., Tree], counter: Counter[str], name: str, row
 
     @jax.custom_vjp
     def call(*args: Any) -> Tree:
-        add(name, rows(*args))
+        add(name, len(args[1]))
         return function(*args)
 
     def forward(*args: Any) -> Any:
-        add(name, rows(*args))
+        add(name, len(args[1]))
         out, pull = jax.vjp(function, *args)
         return out, (pull, args)
 
     def backward(saved: Any, cotangent: Tree) -> Any:
         pull, args = saved
-        add(f"{name} backward", rows(*args))
+        add(f"{name} backward", len(args[1]))
         return pull(cotangent)
 
     call.defvjp(forward, backward)
@@ -46,12 +46,11 @@ def one_step(config: Any) -> dict[str, int]:
     counter: Counter[str] = Counter()
     session, state = loop.set_up(config)
     parts = session.run.parts
-    second = lambda params, x, *more: len(x)
-    bundle = parts.bundle._replace(denoise=counted(parts.bundle.denoise, counter, "network", second),
-                                   decode=counted(parts.bundle.decode, counter, "decode", second))  # fmt: skip
+    bundle = parts.bundle._replace(denoise=counted(parts.bundle.denoise, counter, "network"),
+                                   decode=counted(parts.bundle.decode, counter, "decode"))  # fmt: skip
     reward = parts.reward
     if reward is not None:
-        score = counted(reward.score, counter, "reward", second) if reward.device else _host(reward.score, counter)
+        score = counted(reward.score, counter, "reward") if reward.device else _host(reward.score, counter)
         reward = reward._replace(score=score, tower=None)
     parts = parts._replace(bundle=bundle, reward=reward)
     run = session.run._replace(parts=parts)

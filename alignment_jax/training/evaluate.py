@@ -62,7 +62,7 @@ class Evaluator:
         self.base_guidance = float(e.get("base_guidance_scale", run.parts.guidance.scale))
         self._sample, self._guided = jax.jit(self._sample_chunk), jax.jit(self._guided_chunk)
         self._kl, self._decode = jax.jit(self._kl_chunk), jax.jit(run.parts.bundle.decode)
-        self._combine = jax.jit(self._combined)
+        self._combine, self._noisy = jax.jit(self._combined), jax.jit(self._noisy_score)
 
     # -- programs ------------------------------------------------------------------------------------------------
 
@@ -93,6 +93,13 @@ class Evaluator:
     def _combined(self, trained: Tree, frozen: Tree, base: Tree, scale: Any) -> Tree:
         params = self.session.run.parts.partition.merge(trained, frozen["params"])
         return jax.tree.map(lambda b, p: b + scale * (p - b), base, params)
+
+    def _noisy_score(self, params: Tree, reward_params: Tree, images: jax.Array, cond: Tree) -> jax.Array:
+        parts = self.session.run.parts
+        assert parts.reward is not None
+        t = jnp.full(len(images), parts.bundle.schedule.t_min)
+        score: jax.Array = parts.reward.score(reward_params, parts.bundle.encode(params, images), {"t": t, "cond": cond})
+        return score
 
     def tuned(self, state: TrainState) -> Tree:
         """The parameters that are judged: averaged if averages are kept, and scaled towards the base."""
@@ -148,11 +155,9 @@ class Evaluator:
             return np.zeros(len(images))
         texts = [self.prompts[i] for i in rows]
         if reward.noisy:  # its own kind of sample, at the clean end of the chain
-            bundle, params = self.session.run.parts.bundle, self.session.run.params
-            score = jax.jit(lambda x, c: reward.score(reward.params, bundle.encode(params, x),
-                                                      {"t": jnp.full(len(x), bundle.schedule.t_min), "cond": c}))  # fmt: skip
             parts = [slice(i, i + self.chunk) for i in range(0, len(images), self.chunk)]
-            return np.concatenate([np.asarray(score(images[s], jax.tree.map(lambda c, s=s: c[rows[s]], self.cond))) for s in parts])
+            return np.concatenate([np.asarray(self._noisy(self.session.run.params, reward.params, images[s],
+                                                          jax.tree.map(lambda c, s=s: c[rows[s]], self.cond))) for s in parts])  # fmt: skip
         if not reward.device:
             return score_host(reward, to_uint8(jnp.asarray(images)), texts, {}, batch_index=0, on_error="mask")[0]
         condition = reward.encode(texts) if reward.encode else {}

@@ -12,7 +12,7 @@ from alignment_jax.algorithms.guidance_distillation import guidance_distillation
 from alignment_jax.algorithms.losses import noised
 from alignment_jax.algorithms.srpo import srpo
 from alignment_jax.diffusion import Sampler, guided, rectified_flow, sample, sampling_grid
-from alignment_jax.rewards.base import Reward
+from alignment_jax.rewards.base import Reward, Tower
 from alignment_jax.rewards.relative import relative
 
 T, KEY, N = 10, jax.random.key(0), 6
@@ -202,3 +202,15 @@ def test_drtune_refuses_what_cannot_be(bad):
 def test_a_relative_reward_needs_one_that_reads_prompts():
     with pytest.raises(ValueError, match="does not read the prompt"):
         relative(Reward("sharpness", lambda p, x, c: x.mean((1, 2, 3))), "a", "b")
+
+
+def test_a_relative_reward_looks_at_the_picture_once():
+    looks = []
+    tower = Tower("t", lambda p, x: looks.append(1) or x.mean((1, 2)) * p, lambda p, f, c: (f * c["text"]).sum(-1) + p)
+    encode = lambda prompts: {"text": np.array([[float(len(p))] * 3 for p in prompts])}  # noqa: E731
+    plain = Reward("plain", tower.score, {"tower": 2.0, "head": 0.5}, encode, tower=tower)
+    made = relative(plain, "long words", "no")
+    x, condition = jax.random.uniform(KEY, (2, 4, 4, 3)), made.encode(["a cat", "sea"])
+    got = made.score(made.params, x, condition)
+    assert len(looks) == 1
+    np.testing.assert_allclose(got, np.stack([plain.score(plain.params, x, condition[side]) for side in "+-"], -1), rtol=1e-6)
