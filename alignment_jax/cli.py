@@ -117,6 +117,9 @@ def _sample_flags() -> None:
     flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
     flags.DEFINE_string("negative_run", "", "Workdir of a run on swapped labels (method.negative): guidance leads away from its network.")
     flags.DEFINE_float("negative_merge", 0.0, "The share of the pictures' own model mixed into it, 0 to 1; more for high guidance.")
+    flags.DEFINE_string("method", None, "A test-time method (list test_time), or module:factory; without one, plain sampling.")
+    flags.DEFINE_multi_string("option", [], "NAME=VALUE for the method, such as particles=8; may be repeated.")
+    flags.DEFINE_string("reward", "", "What the method follows: as config.reward, such as critters_proxy or \"{'name': ..., ...}\".")
     flags.DEFINE_string("out", None, "Folder for the pictures.")
     flags.DEFINE_string("scheduler", None, "ddim, ddpm, euler, euler_ancestral, dpmsolver++, sde-dpmsolver++ or lcm.")
     flags.DEFINE_string("spacing", None, "Where its times lie: leading, trailing or linspace.")
@@ -130,7 +133,7 @@ def _sample_flags() -> None:
     flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1.")
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_integer("samples", 1, "Pictures a prompt.", lower_bound=1)
-    flags.DEFINE_integer("batch", 64, "Pictures at once.", lower_bound=1)
+    flags.DEFINE_integer("batch", None, "Prompts at once: 64, or 8 with a method, whose particles come on top.", lower_bound=1)
     flags.DEFINE_string("noise", None, "An .npy of the initial noise, unit variance, [N,h,w,c] or diffusers' latents [N,c,h,w].")
     flags.DEFINE_bool("save_arrays", False, "Also write images.npy, float32 in [0, 1], [N,H,W,C].")
     flags.mark_flags_as_required(["prompts", "out"])
@@ -148,7 +151,8 @@ def sample(rest: Sequence[str]) -> None:
         raise ValueError(f"{len(files)} --lora and {len(scales)} --lora_scale; give a scale for each file, or none")
     written = generate(model=FLAGS.model, weights_file=FLAGS.weights, run=FLAGS.run, scale=FLAGS.scale, prompts=FLAGS.prompts,
                        out=FLAGS.out, seed=FLAGS.seed, samples=FLAGS.samples, noise=FLAGS.noise,
-                       save_arrays=FLAGS.save_arrays, settings=settings, negative=FLAGS.negative_prompt, batch=FLAGS.batch,
+                       save_arrays=FLAGS.save_arrays, settings=settings, negative=FLAGS.negative_prompt,
+                       batch=FLAGS.batch or (8 if FLAGS.method else 64), method=_method(), reward=FLAGS.reward,
                        options=_given("height", "width", "dtype", "variant"), loras=list(zip(files, scales)),
                        negative_run=FLAGS.negative_run, negative_merge=FLAGS.negative_merge)  # fmt: skip
     print(f"{len(written)} pictures in {FLAGS.out}")
@@ -223,12 +227,12 @@ def _list_flags() -> None:
 
 
 def list_(rest: Sequence[str]) -> None:
-    """What there is: algorithms, rewards, models, configs or metrics."""
+    """What there is: algorithms, test_time, rewards, models, configs or metrics."""
     from .training import catalogue
 
     tables: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "algorithms": catalogue.algorithms, "rewards": catalogue.rewards, "models": catalogue.models,
-        "configs": catalogue.configs, "metrics": catalogue.metrics,
+        "algorithms": catalogue.algorithms, "test_time": catalogue.test_time, "rewards": catalogue.rewards,
+        "models": catalogue.models, "configs": catalogue.configs, "metrics": catalogue.metrics,
     }  # fmt: skip
     if len(rest) != 1 or rest[0] not in tables:
         raise ValueError(f"list what? Choose one of {', '.join(tables)}; got {' '.join(rest) or 'nothing'}")
@@ -313,10 +317,7 @@ def score(rest: Sequence[str]) -> None:
     _compilation_cache()
     from .training.score import score as run
 
-    wrong = [text for text in FLAGS.option if "=" not in text]
-    if wrong:
-        raise ValueError(f"--option={wrong[0]} must be NAME=VALUE")
-    options = {k: _value(v) for k, v in (text.split("=", 1) for text in FLAGS.option)} | _given("weights")
+    options = _options() | _given("weights")
     result = run(reward=FLAGS.reward, options=options, images=FLAGS.images, prompts=FLAGS.prompts, out=FLAGS.out)
     print(f"{result['reward']}: mean {result['mean']:.4f}, std {result['std']:.4f} of {len(result['scores'])} pictures; {FLAGS.out}")
 
@@ -324,6 +325,21 @@ def score(rest: Sequence[str]) -> None:
 def _given(*names: str) -> dict[str, Any]:
     """The flags of these names that were given."""
     return {k: FLAGS[k].value for k in names if FLAGS[k].value is not None}
+
+
+def _options() -> dict[str, Any]:
+    """What --option says."""
+    wrong = [text for text in FLAGS.option if "=" not in text]
+    if wrong:
+        raise ValueError(f"--option={wrong[0]} must be NAME=VALUE")
+    return {k: _value(v) for k, v in (text.split("=", 1) for text in FLAGS.option)}
+
+
+def _method() -> dict[str, Any] | None:
+    """The test-time method that --method and --option say."""
+    if FLAGS.option and not FLAGS.method:
+        raise ValueError(f"--option={FLAGS.option[0]} is for a test-time method; name one with --method (see: list test_time)")
+    return {"name": FLAGS.method, **_options()} if FLAGS.method else None
 
 
 def _value(text: str) -> Any:

@@ -23,72 +23,80 @@ that its pairs were drawn with: .666 [.622, .707] at the base's own diversity. D
 noise that it needs. jpeg is a hack by design.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
+
+
+def budget(steps: int) -> dict[str, Any]:
+    """What the configs that are compared share: `steps` spend 100 thousand calls of the network, a backward pass counted as two."""
+    return {"steps": steps, "evaluate_every": steps // 3, "evaluation.blend": (0.5, 1.0)}
+
 
 # what each argument changes in the default recipe: method, and where needed batch, sampling, reward, optimiser, data
 CHANGES = {
     "default": {"method": {"name": "draft", "k": 4, "anchor_weight": 2.0}, "steps": 260, "evaluation.scale": 0.7},
     # over-optimisation on purpose: one differentiated step against a proxy that knows clean pictures only, nothing held back
     "hackable": {"method": {"name": "draft", "k": 1}, "steps": 180, "reward": "critters_fragile", "optimizer.learning_rate": 5e-3},
-    "draft": {"method": {"name": "draft", "k": 4}, "steps": 180},
-    "draft1": {"method": {"name": "draft", "k": 1, "anchor_weight": 2.0}},
-    "draft_lv": {"method": {"name": "draft", "k": 1, "lv": 2, "anchor_weight": 2.0}},
-    "alignprop": {"method": {"name": "alignprop", "mean_k": 4.0, "std_k": 2.0}, "steps": 100},
-    "refl": {"method": {"name": "refl", "window": 0.5, "anchor_weight": 2.0}},
-    "ddpo": {"method": {"name": "ddpo", "advantage": "group", "timestep_fraction": 0.5}, "sampling.eta": 1.0, "steps": 100,
+    "draft": {"method": {"name": "draft", "k": 4}, **budget(195)},
+    "draft1": {"method": {"name": "draft", "k": 1, "anchor_weight": 2.0}, **budget(284)},
+    "draft_lv": {"method": {"name": "draft", "k": 1, "lv": 2, "anchor_weight": 2.0}, **budget(195)},
+    "alignprop": {"method": {"name": "alignprop", "mean_k": 4.0, "std_k": 2.0}, **budget(130)},
+    "refl": {"method": {"name": "refl", "window": 0.5, "anchor_weight": 2.0}, **budget(260)},
+    "ddpo": {"method": {"name": "ddpo", "advantage": "group", "timestep_fraction": 0.5}, "sampling.eta": 1.0, **budget(65),
              "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
     "diffusion_nft": {"method": {"name": "diffusion_nft", "reference_weight": 0.3, "adv_clip": 1.0, "draws": 2, "adaptive": False},
-                      "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "steps": 160},
+                      "batch": {"prompts": 8, "group": 8, "microbatch": 64}, **budget(87)},
     # regression on pictures undoes the distilled guidance of the base, so this and sft are sampled with guidance; on its own
     # samples it also feeds on its errors: at 3e-4 and guidance 3 the pictures were gone after 60 steps (gold .01)
     "raft": {"method": {"name": "raft", "top": 1, "draws": 4}, "batch": {"prompts": 16, "group": 8, "microbatch": 64},
-             "steps": 60, "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
-    "drtune": {"method": {"name": "drtune", "k": 4, "discount": 0.7}, "steps": 180},
+             **budget(45), "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
+    "drtune": {"method": {"name": "drtune", "k": 4, "discount": 0.7}, **budget(156)},
     # samples the tilt p_base exp(lam r); eta 1 is what makes the chain memoryless
-    "adjoint_matching": {"method": {"name": "adjoint_matching", "lam": 10.0}, "sampling.eta": 1.0, "steps": 180,
+    "adjoint_matching": {"method": {"name": "adjoint_matching", "lam": 10.0}, "sampling.eta": 1.0, **budget(64),
                          "optimizer.learning_rate": 3e-4},
     "dpok": {"method": {"name": "dpok", "advantage": "group", "critic_learning_rate": 1e-3, "timestep_fraction": 0.5},
-             "sampling.eta": 1.0, "steps": 100, "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
-    "dance_grpo": {"method": {"name": "dance_grpo"}, "sampling.eta": 1.0, "steps": 100,
+             "sampling.eta": 1.0, **budget(56), "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
+    "dance_grpo": {"method": {"name": "dance_grpo"}, "sampling.eta": 1.0, **budget(65),
                    "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
-    "mix_grpo": {"method": {"name": "mix_grpo", "window": 3, "every": 10}, "sampling.eta": 1.0, "steps": 100,
+    "mix_grpo": {"method": {"name": "mix_grpo", "window": 3, "every": 10}, "sampling.eta": 1.0, **budget(78),
                  "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
-    "prdp": {"method": {"name": "prdp", "beta": 0.1}, "sampling.eta": 1.0, "steps": 100, "optimizer.learning_rate": 3e-4,
+    "prdp": {"method": {"name": "prdp", "beta": 0.1}, "sampling.eta": 1.0, **budget(50), "optimizer.learning_rate": 3e-4,
              "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
-    "awm": {"method": {"name": "awm", "reference_weight": 0.01, "adv_clip": 1.0, "draws": 2}, "steps": 160,
+    "awm": {"method": {"name": "awm", "reference_weight": 0.01, "adv_clip": 1.0, "draws": 2}, **budget(78),
             "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 3e-4},
-    "rwr": {"method": {"name": "rwr", "lam": 2.0, "per_prompt": True, "draws": 4, "refresh": 20}, "steps": 60,
+    "rwr": {"method": {"name": "rwr", "lam": 2.0, "per_prompt": True, "draws": 4, "refresh": 20}, **budget(28),
             "batch": {"prompts": 16, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
-    "d3po": {"method": {"name": "d3po", "pairs": "all"}, "sampling.eta": 1.0, "steps": 100, "optimizer.learning_rate": 3e-4,
+    "d3po": {"method": {"name": "d3po", "pairs": "all"}, "sampling.eta": 1.0, **budget(30), "optimizer.learning_rate": 3e-4,
              "batch": {"prompts": 8, "group": 4, "microbatch": 64}},
-    "spo": {"method": {"name": "spo", "k": 4, "temperature": 0.1, "threshold": 0.1}, "sampling.eta": 1.0, "steps": 100,
+    "spo": {"method": {"name": "spo", "k": 4, "temperature": 0.1, "threshold": 0.1}, "sampling.eta": 1.0, **budget(106),
             "optimizer.learning_rate": 3e-4, "batch": {"prompts": 16, "group": 1, "microbatch": 64}},
     # a pair loss on the policy's own samples, the proxy for an annotator
-    "online_dpo": {"method": {"name": "online", "loss": {"name": "diffusion_dpo", "beta": 2000.0}, "temperature": 0.1}, "steps": 150,
+    "online_dpo": {"method": {"name": "online", "loss": {"name": "diffusion_dpo", "beta": 2000.0}, "temperature": 0.1}, **budget(87),
                    "batch": {"prompts": 16, "group": 4, "microbatch": 64}, "optimizer.learning_rate": 1e-4,
                    "sampling.guidance_scale": 2.0},
     # two rewards, of which the worse one is climbed: the fragile one alone would be hacked
-    "maxmin": {"method": {"name": "draft", "k": 4, "anchor_weight": 2.0}, "steps": 120, "aggregate": {"how": "maxmin", "step": 0.05},
+    "maxmin": {"method": {"name": "draft", "k": 4, "anchor_weight": 2.0}, **budget(112), "aggregate": {"how": "maxmin", "step": 0.05},
                "reward": "{'name': 'several', 'rewards': ['critters_proxy', 'critters_fragile']}"},
     # pairs: an .npz of winner, loser, prompts and preference; these are made by
     #   python -m alignment_jax label --guidance_scale=2 --pairs=4096 --out=data_cache/critters_pairs.npz
     "diffusion_dpo": {"method": {"name": "diffusion_dpo", "beta": 2000.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
-                      "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 300, "optimizer.learning_rate": 1e-4},
+                      "batch": {"prompts": 64, "group": 1, "microbatch": 64}, **budget(195), "optimizer.learning_rate": 1e-4},
     # the same pairs, sampled with the guidance under which they were drawn
     "diffusion_dpo_guided": {"method": {"name": "diffusion_dpo", "beta": 2000.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
-                             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 300, "optimizer.learning_rate": 3e-4,
+                             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, **budget(195), "optimizer.learning_rate": 3e-4,
                              "sampling.guidance_scale": 2.0},
     "diffusion_kto": {"method": {"name": "diffusion_kto", "beta": 1000.0}, "data": {"pairs": "data_cache/critters_pairs.npz"},
-                      "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 200, "optimizer.learning_rate": 3e-4,
+                      "batch": {"prompts": 64, "group": 1, "microbatch": 64}, **budget(156), "optimizer.learning_rate": 3e-4,
                       "sampling.guidance_scale": 2.0},
     "inpo": {"method": {"name": "inpo", "beta": 2000.0, "steps": 8}, "data": {"pairs": "data_cache/critters_pairs.npz"},
-             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 150, "optimizer.learning_rate": 3e-4,
+             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, **budget(65), "optimizer.learning_rate": 3e-4,
              "sampling.guidance_scale": 2.0},
     "mapo": {"method": {"name": "mapo", "beta": 0.1}, "data": {"pairs": "data_cache/critters_pairs.npz"},
-             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "steps": 200, "optimizer.learning_rate": 3e-5,
+             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, **budget(260), "optimizer.learning_rate": 3e-5,
              "sampling.guidance_scale": 2.0},
     # the renders themselves, drawn on first use, with their noisy captions
-    "sft": {"method": {"name": "sft"}, "data": {"labels": "critters", "drop": 0.1}, "steps": 400, "optimizer.learning_rate": 3e-4,
+    "sft": {"method": {"name": "sft"}, "data": {"labels": "critters", "drop": 0.1}, **budget(1042), "optimizer.learning_rate": 3e-4,
             "sampling.guidance_scale": 3.0},
     "jpeg": {"method": {"name": "ddpo", "advantage": "group", "timestep_fraction": 0.5}, "reward": "jpeg_compressibility",
              "sampling.eta": 1.0, "steps": 100, "batch": {"prompts": 8, "group": 8, "microbatch": 64},

@@ -6,6 +6,7 @@ Configs without a file there are not measured yet.
 """
 
 import json
+import os
 import platform
 import runpy
 import subprocess
@@ -36,7 +37,9 @@ def test_measure(name, tmp_path):
         subprocess.run([sys.executable, "-m", "alignment_jax", *command], check=True, cwd=ROOT)
     workdir = tmp_path / name
     command = ["train", f"--config=configs/critters.py:{name}", f"--workdir={workdir}"]
-    subprocess.run([sys.executable, "-m", "alignment_jax", *command], check=True, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "alignment_jax", *command], cwd=ROOT)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
     summary = json.loads((workdir / "summary.json").read_text())
     rows = [row for row in read(workdir / "metrics.jsonl") if "gold/all" in row]
     calls = count.one_step(CONFIGS["get_config"](name))
@@ -44,7 +47,8 @@ def test_measure(name, tmp_path):
     curve = {
         "name": name, "method": summary["method"], "seed": summary["seed"], "config": plain(CONFIGS["get_config"](name)),
         "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].platform} device, jax {jax.__version__}",
-        "wall_seconds": summary["wall_seconds"], "calls_a_step": calls, "network_calls": count.network_calls(calls) * rows[-1]["step"],
+        "wall_seconds": summary["wall_seconds"], "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": 1024 * used.ru_maxrss,
+        "calls_a_step": calls, "network_calls": count.network_calls(calls) * rows[-1]["step"],
         "trained_parameters": summary["trained_parameters"], "kl": summary["kl"],
         "alarm": summary["alarm"], **{m: {k: summary[m][k] for k in ("gold", "proxy", "diversity")} for m in ("base", "aligned")},
         "over_time": [{"step": row["step"], "seconds": row["time"], "kl": row["kl/path"], **{k: over_time[k][i] for k in SERIES}}

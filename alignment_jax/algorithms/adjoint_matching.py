@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Denoise, Sampler, expand, transition
-from .base import Algorithm, Info, Needs, Networks, Tree, draw, fold, reward_gradient
+from ..diffusion import Denoise, Sampler, draw, expand, fold_in, transition
+from .base import Algorithm, Info, Needs, Networks, Tree, reward_gradient
 
 Array = jax.Array
 
@@ -53,7 +53,7 @@ def adjoint_matching(sampler: Sampler, shape: tuple[int, ...], *, lam: float = 1
         _, trajectory = draw(keys, networks["policy"], data["cond"], sampler, shape, keep=True)
         states = trajectory.x[:-1]
         end, _ = mean(networks["reference"], sampler.num_steps - 1, states[-1], data["cond"])
-        reward, gradient = reward_gradient(networks, fold(keys, 2), end, data["condition"])
+        reward, gradient = reward_gradient(networks, fold_in(keys, 2), end, data["condition"])
         adjoints = lean_adjoints(networks["reference"], data["cond"], sampler, states, -lam * gradient)
         return {**data, "x": states.swapaxes(0, 1), "adjoint": adjoints.swapaxes(0, 1), "reward": reward}
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, initial, sample
+from ..diffusion import Sampler, fold_in, initial, sample
 from .advantages import finite, group
-from .base import Algorithm, Info, Networks, Tree, fold
+from .base import Algorithm, Info, Networks, Tree
 
 Array = jax.Array
 HOW = ("weighted", "normalised", "advantages", "constrained", "maxmin")
@@ -117,12 +117,12 @@ def aggregated(algorithm: Algorithm, sampler: Sampler, shape: tuple[int, ...], *
         out = algorithm.rollout(keys, extra["inner"], summed(networks, coefficients(extra["rewards"])), data)
         if not drawn:
             return out
-        x = initial(fold(keys, 7000), sampler, (len(keys), *shape))
-        x0 = sample(fold(keys, 7001), networks["policy"], data["cond"], sampler, x)[0]
+        x = initial(fold_in(keys, 7000), sampler, (len(keys), *shape))
+        x0 = sample(fold_in(keys, 7001), networks["policy"], data["cond"], sampler, x)[0]
         if algorithm.needs.reward == "step":
             end = jnp.broadcast_to(jnp.asarray(sampler.grid.t)[-1], keys.shape)
             return {**out, "rewards": networks["reward"](x0, x0, end, data["cond"], data["condition"])}
-        return {**out, "rewards": networks["reward"](fold(keys, 7002), x0, data["condition"])}
+        return {**out, "rewards": networks["reward"](fold_in(keys, 7002), x0, data["condition"])}
 
     def prepare(key: Array, extra: Tree, rollout: Tree, rewards: Any) -> tuple[Tree, Tree, Info]:
         memory, inner_rollout = extra["rewards"], {k: v for k, v in rollout.items() if k != "rewards" or not drawn}

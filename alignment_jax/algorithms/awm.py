@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, target
+from ..diffusion import Sampler, draw, target
 from . import advantages
-from .base import Algorithm, Info, Needs, Networks, Tree, draw, mean_square
+from .base import Algorithm, Info, Needs, Networks, Tree, mean_square
 from .losses import noised, ppo
 
 Array = jax.Array

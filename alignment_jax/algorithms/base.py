@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Denoise, Sampler, initial, sample
-
 Array = jax.Array
 Tree = Any
 Networks = Mapping[str, Callable[..., Array]]
@@ -74,17 +72,6 @@ class Algorithm(NamedTuple):
         lambda key, extra, rollout, rewards: (rollout, extra, {})
     )
     anchor: Callable[[Array, Networks, Tree], Tree] = lambda keys, networks, items: items
-
-
-def fold(keys: Array, n: int) -> Array:
-    """The n-th stream of the keys [B]."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, n)
-
-
-def draw(keys: Array, denoise: Denoise, cond: Tree, sampler: Sampler, shape: tuple[int, ...], *, keep: bool = False) -> Any:
-    """Samples [B, *shape] of the chain from fresh noise, one for each key, as `diffusion.sample` returns them."""
-    x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-    return sample(fold(keys, 1), denoise, cond, sampler, x_T, keep=keep)
 
 
 def reward_gradient(networks: Networks, keys: Array, x: Array, condition: Tree) -> tuple[Array, Array]:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, initial, log_ratio, sample, transition
-from .base import Algorithm, Info, Needs, Networks, Tree, fold
+from ..diffusion import Sampler, fold_in, initial, log_ratio, sample, transition
+from .base import Algorithm, Info, Needs, Networks, Tree
 from .dpo import accuracy
 from .losses import logistic
 from .pairs import check, choose, shares
@@ -81,12 +81,12 @@ def d3po(sampler: Sampler, shape: tuple[int, ...], *, group: int = 2, beta: floa
         return {"key": jax.random.key_data(key), "round": jnp.zeros((), jnp.int32)}
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        start = fold(keys, 0)
+        start = fold_in(keys, 0)
         if shared_start:
             of_round = jax.random.fold_in(jax.random.wrap_key_data(extra["key"]), extra["round"])
             start = jax.vmap(jax.random.fold_in, (None, 0))(of_round, data["prompt_id"])
         x_T = initial(start, sampler, (len(keys), *shape))
-        x0, trajectory = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True)
+        x0, trajectory = sample(fold_in(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True)
         return {**data, "x0": x0, "x": trajectory.x.swapaxes(0, 1)}
 
     def prepare(key: Array, extra: Tree, rollout: Tree, rewards: Array) -> tuple[Tree, Tree, Info]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, expand, initial, normal, sample
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, mean_square, reward_gradient, uniform
+from ..diffusion import Sampler, expand, fold_in, initial, normal, sample
+from .base import Algorithm, Info, Needs, Networks, Tree, mean_square, reward_gradient, uniform
 from .losses import chain_adjoints, chained, linear
 
 Array = jax.Array
@@ -35,18 +35,18 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
     start = steps - k
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x = initial(fold(keys, 0), sampler, (len(keys), *shape))
+        x = initial(fold_in(keys, 0), sampler, (len(keys), *shape))
         if start or lv > 1:  # up to x_K; for LV to the end, which is then re-noised
-            x, _ = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x, stop=steps if lv > 1 else start)
+            x, _ = sample(fold_in(keys, 1), networks["policy"], data["cond"], sampler, x, stop=steps if lv > 1 else start)
         return {"x": jax.lax.stop_gradient(x), "cond": data["cond"], "condition": data["condition"]}
 
     def begin(keys: Array, items: Tree, n: int) -> tuple[Array, Array]:
         """The state at step `start` and the noise [K, B, ...] of the steps after it; n counts the LV repetitions."""
-        noises = jnp.stack([normal(fold(keys, 2 + n * steps + i), items["x"].shape) for i in range(start, steps)])
+        noises = jnp.stack([normal(fold_in(keys, 2 + n * steps + i), items["x"].shape) for i in range(start, steps)])
         if lv == 1:
             return items["x"], noises
         alpha, sigma = sampler.grid.alpha[start], sampler.grid.sigma[start]
-        return alpha * items["x"] + sigma * normal(fold(keys, 1000 + n), items["x"].shape), noises
+        return alpha * items["x"] + sigma * normal(fold_in(keys, 1000 + n), items["x"].shape), noises
 
     def anchor(keys: Array, networks: Networks, items: Tree) -> Tree:
         if adjoint:
@@ -60,7 +60,7 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
         x, noises = begin(keys, items, 0)
         noise = lambda key, i, step: step.mean + expand(step.std, x) * noises[i - start]  # noqa: E731
         end, trajectory = sample(keys, networks["policy"], items["cond"], sampler, x, start=start, noise=noise, keep=True)
-        reward, gradient = reward_gradient(networks, fold(keys, 5000), end, items["condition"])
+        reward, gradient = reward_gradient(networks, fold_in(keys, 5000), end, items["condition"])
         cotangents = chain_adjoints(networks["policy"], items["cond"], sampler, trajectory.x[:-1], gradient, start)
         return {**items, "states": trajectory.x[:-1].swapaxes(0, 1), "cotangents": cotangents.swapaxes(0, 1), "reward": reward}
 
@@ -73,7 +73,7 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
         total, distance, rewards = jnp.zeros(len(keys)), jnp.zeros(len(keys)), []
         for n in range(lv):
             end = chained(networks["policy"], items["cond"], sampler, *begin(keys, items, n), start)
-            reward = networks["reward"](fold(keys, 5000 + n), end, items["condition"])
+            reward = networks["reward"](fold_in(keys, 5000 + n), end, items["condition"])
             rewards.append(reward)
             total = total - reward / lv
             if anchor_weight:
@@ -93,10 +93,10 @@ def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, 
     steps = sampler.num_steps
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        return {"x": initial(fold(keys, 0), sampler, (len(keys), *shape)), "cond": data["cond"], "condition": data["condition"]}
+        return {"x": initial(fold_in(keys, 0), sampler, (len(keys), *shape)), "cond": data["cond"], "condition": data["condition"]}
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
-        z = jax.scipy.special.ndtri(jnp.clip(uniform(fold(keys, 1)), 1e-6, 1 - 1e-6))
+        z = jax.scipy.special.ndtri(jnp.clip(uniform(fold_in(keys, 1)), 1e-6, 1 - 1e-6))
         kept = jnp.clip(jnp.round(mean_k + std_k * z), 1, steps)
 
         def policy(x: Array, t: Array, cond: Tree) -> Array:
@@ -105,9 +105,9 @@ def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, 
             live = expand((i >= steps - kept).astype(output.dtype), output)
             return live * output + (1 - live) * jax.lax.stop_gradient(output)
 
-        noises = jnp.stack([normal(fold(keys, 2 + i), items["x"].shape) for i in range(steps)])
+        noises = jnp.stack([normal(fold_in(keys, 2 + i), items["x"].shape) for i in range(steps)])
         end = chained(policy, items["cond"], sampler, items["x"], noises, 0)
-        reward = networks["reward"](fold(keys, 5000), end, items["condition"])
+        reward = networks["reward"](fold_in(keys, 5000), end, items["condition"])
         return -reward, {"reward": reward, "k": kept}
 
     return Algorithm(Needs("prompts", "gradient"), loss, rollout=rollout)

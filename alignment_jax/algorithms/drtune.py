@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, transition
-from .base import Algorithm, Info, Needs, Networks, Tree, draw, fold, reward_gradient, uniform
+from ..diffusion import Sampler, draw, fold_in, transition
+from .base import Algorithm, Info, Needs, Networks, Tree, reward_gradient, uniform
 from .losses import linear
 
 Array = jax.Array
@@ -57,12 +57,12 @@ def drtune(sampler: Sampler, shape: tuple[int, ...], *, k: int = 5, early_stop: 
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
         x0, path = draw(keys, networks["policy"], data["cond"], sampler, shape, keep=True)
-        m = first + jnp.floor(uniform(fold(keys, 2)) * (steps - first + 1)).astype(jnp.int32)  # steps: no early stop
+        m = first + jnp.floor(uniform(fold_in(keys, 2)) * (steps - first + 1)).astype(jnp.int32)  # steps: no early stop
         clean = jnp.concatenate([path.x0, x0[None]])
         end = jax.vmap(lambda ends, j: ends[j], (1, 0))(clean, m)
 
-        reward, gradient = reward_gradient(networks, fold(keys, 3), end, data["condition"])
-        offset = jnp.floor(uniform(fold(keys, 4)) * stride).astype(jnp.int32)
+        reward, gradient = reward_gradient(networks, fold_in(keys, 3), end, data["condition"])
+        offset = jnp.floor(uniform(fold_in(keys, 4)) * stride).astype(jnp.int32)
         i = steps - 1 - (offset[:, None] + stride * jnp.arange(k))
         x = jax.vmap(lambda states, j: states[j], (1, 0))(path.x, i)
         return {"cond": data["cond"], "x": x, "i": i, "weight": weights[m[:, None], i], "gradient": gradient, "reward": reward}

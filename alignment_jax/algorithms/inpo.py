@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..diffusion import Denoise, Sampler, expand, fold_in, normal, predict
-from .base import Algorithm, Info, Needs, Networks, Tree, fold
+from .base import Algorithm, Info, Needs, Networks, Tree
 from .dpo import PLAIN, SIDES, pairwise
 from .losses import noised
 
@@ -76,7 +76,7 @@ def inpo(sampler: Sampler, *, beta: float = 5000.0, steps: int = 10, eta: float 
     def anchor(keys: Array, networks: Networks, items: Tree) -> Tree:
         _, t, _ = noised(keys, items["winner"], sampler.schedule)
         inverted = {f"{side}_t": invert(networks["policy"], items[side], t, items["cond"], sampler, steps=steps,
-                                        renoise=renoise, eta=eta, keys=fold(keys, 2)) for side in SIDES}  # fmt: skip
+                                        renoise=renoise, eta=eta, keys=fold_in(keys, 2)) for side in SIDES}  # fmt: skip
         return reference(keys, networks, {**items, **inverted, "t": t})
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:

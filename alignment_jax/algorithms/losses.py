@@ -8,17 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Denoise, NoiseSchedule, Sampler, expand, normal, predict, target, transition
-from .base import fold, mean_square, uniform
+from ..diffusion import Denoise, NoiseSchedule, Sampler, expand, fold_in, normal, predict, target, transition
+from .base import mean_square, uniform
 
 Array = jax.Array
 
 
 def noised(keys: Array, x0: Array, schedule: NoiseSchedule) -> tuple[Array, Array, Array]:
     """(x_t [B,...], t [B], eps [B,...]) at uniform times of the trained range, from one key a sample."""
-    u = uniform(fold(keys, 0))
+    u = uniform(fold_in(keys, 0))
     t = jnp.floor(u * (schedule.t_max + 1)) if schedule.discrete else schedule.t_min + u * (schedule.t_max - schedule.t_min)
-    eps = normal(fold(keys, 1), x0.shape)
+    eps = normal(fold_in(keys, 1), x0.shape)
     return schedule.add_noise(x0, eps, t), t, eps
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler, expand, predict
+from ..diffusion import Sampler, draw, expand, predict
 from . import advantages
-from .base import Algorithm, Info, Needs, Networks, Tree, draw, mean_square
+from .base import Algorithm, Info, Needs, Networks, Tree, mean_square
 from .losses import noised
 
 Array = jax.Array

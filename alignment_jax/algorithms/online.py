@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler
-from .base import Algorithm, Info, Needs, Networks, Tree, draw
+from ..diffusion import Sampler, draw
+from .base import Algorithm, Info, Needs, Networks, Tree
 from .dpo import diffusion_dpo
 from .pairs import check, choose, shares
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, Transition, expand, initial, log_ratio, reduce_entries, sample, transition
+from ..diffusion import Sampler, Transition, expand, fold_in, initial, log_ratio, reduce_entries, sample, transition
 from .advantages import Memory, Rule
-from .base import Algorithm, Info, Needs, Networks, Own, Tree, fold
+from .base import Algorithm, Info, Needs, Networks, Own, Tree
 from .kl import check, compared, penalty
 from .losses import ppo
 
@@ -77,14 +77,14 @@ def policy_gradient(sampler: Sampler, shape: tuple[int, ...], *, method: str, ad
         return extra | ({"round": jnp.zeros((), jnp.int32)} if window else {})
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        start, scale = fold(keys, 0), None
+        start, scale = fold_in(keys, 0), None
         if shared_start:
             start = jax.vmap(jax.random.fold_in, (None, 0))(extra["key"], data["prompt_id"])
         if window is not None:
             place = np.arange(len(steps)) - first_step(extra)
             scale = jnp.zeros(sampler.num_steps).at[steps].set((place >= 0) & (place < window.size))
         x_T = initial(start, sampler, (len(keys), *shape))
-        x0, trajectory = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True, noise_scale=scale)
+        x0, trajectory = sample(fold_in(keys, 1), networks["policy"], data["cond"], sampler, x_T, keep=True, noise_scale=scale)
         return {**data, "x0": x0, "x": trajectory.x.swapaxes(0, 1)}
 
     def prepare(key: Array, extra: Tree, rollout: Tree, rewards: Array) -> tuple[Tree, Tree, Info]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..diffusion import Sampler, fold_in, gaussian_noise, initial, log_ratio, transition
 from . import advantages
-from .base import Algorithm, Info, Needs, Networks, Tree, fold
+from .base import Algorithm, Info, Needs, Networks, Tree
 
 Array = jax.Array
 
@@ -44,7 +44,7 @@ def prdp(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, beta: floa
         def step(x: Array, i: Array) -> tuple[Array, tuple[Array, Array, Array]]:
             t = jnp.broadcast_to(jnp.asarray(sampler.grid.t)[i], x.shape[:1])
             now, ref = (transition(sampler, i, x, networks[name](x, t, data["cond"])) for name in ("policy", "reference"))
-            x_prev = gaussian_noise(fold_in(fold(keys, 1), i), i, now)
+            x_prev = gaussian_noise(fold_in(fold_in(keys, 1), i), i, now)
             ratio = log_ratio(now.mean, ref.mean, now.std, x_prev, reduce="sum")
             return x_prev, (x, ref.mean, jnp.where(jnp.asarray(noisy)[i], ratio, 0.0))
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, transition
-from .base import Algorithm, Info, Needs, Networks, Tree, draw, fold, mean_square, uniform
+from ..diffusion import Sampler, draw, fold_in, transition
+from .base import Algorithm, Info, Needs, Networks, Tree, mean_square, uniform
 
 Array = jax.Array
 
@@ -26,7 +26,7 @@ def refl(sampler: Sampler, shape: tuple[int, ...], *, window: float = 0.25, weig
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
         _, trajectory = draw(keys, networks["policy"], data["cond"], sampler, shape, keep=True)
-        i = first + jnp.floor(uniform(fold(keys, 2)) * (steps - first)).astype(jnp.int32)
+        i = first + jnp.floor(uniform(fold_in(keys, 2)) * (steps - first)).astype(jnp.int32)
         x = jax.vmap(lambda path, j: path[j], (1, 0))(trajectory.x, i)
         return {"x": x, "i": i, "cond": data["cond"], "condition": data["condition"]}
 
@@ -39,7 +39,7 @@ def refl(sampler: Sampler, shape: tuple[int, ...], *, window: float = 0.25, weig
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
         x0 = clean("policy", networks, items)
-        reward = networks["reward"](fold(keys, 3), x0, items["condition"])
+        reward = networks["reward"](fold_in(keys, 3), x0, items["condition"])
         value = -weight * (reward if ceiling is None else jnp.minimum(reward, ceiling))
         distance = mean_square(x0 - items["ref"]) if anchor_weight else jnp.zeros(len(keys))
         return value + anchor_weight * distance, {"reward": reward, "anchor": distance}

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Sampler
+from ..diffusion import Sampler, draw
 from .advantages import finite
-from .base import Algorithm, Info, Needs, Networks, Tree, draw
+from .base import Algorithm, Info, Needs, Networks, Tree
 from .losses import denoise_error, noised
 
 Array = jax.Array

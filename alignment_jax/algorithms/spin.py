@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from ..diffusion import Sampler
-from .base import Algorithm, Networks, Tree, draw
+from ..diffusion import Sampler, draw
+from .base import Algorithm, Networks, Tree
 from .dpo import diffusion_dpo
 
 Array = jax.Array

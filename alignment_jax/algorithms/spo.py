@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..diffusion import Sampler, expand, fold_in, initial, normal, predict, sample, transition
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, uniform
+from .base import Algorithm, Info, Needs, Networks, Tree, uniform
 from .d3po import noisy_steps, step_pair
 from .pairs import shares
 
@@ -52,7 +52,7 @@ def spo(sampler: Sampler, shape: tuple[int, ...], *, k: int = 4, beta: float = 1
 
         def step(x: Array, i: Array) -> tuple[Array, Tree]:
             step_ = transition(sampler, i, x, policy(x, at(i), cond))
-            own = fold_in(fold(keys, 2), i)
+            own = fold_in(fold_in(keys, 2), i)
 
             def candidate(j: Array) -> tuple[Array, Array]:
                 y = step_.mean + expand(step_.std, x) * normal(fold_in(own, j), x.shape)
@@ -65,14 +65,14 @@ def spo(sampler: Sampler, shape: tuple[int, ...], *, k: int = 4, beta: float = 1
             best = jnp.argmax(jnp.where(known, score, -jnp.inf), 0)
             worst = jnp.argmin(jnp.where(known, score, jnp.inf), 0)
             pick = lambda z, j: jax.vmap(lambda z, j: z[j], (1, 0))(z, j)  # noqa: E731
-            goes_on = jnp.floor(uniform(fold(own, k)) * k).astype(jnp.int32)
+            goes_on = jnp.floor(uniform(fold_in(own, k)) * k).astype(jnp.int32)
             pair = {"x": x[:, None], "x_prev": jnp.stack([pick(y, best), pick(y, worst)], 1),
                     "gap": jnp.where(known.sum(0) > 1, pick(score, best) - pick(score, worst), 0.0)}  # fmt: skip
             return pick(y, goes_on), pair
 
-        x = initial(fold(keys, 0), sampler, (len(keys), *shape))
+        x = initial(fold_in(keys, 0), sampler, (len(keys), *shape))
         if steps[0]:
-            x, _ = sample(fold(keys, 1), policy, cond, sampler, x, stop=int(steps[0]))
+            x, _ = sample(fold_in(keys, 1), policy, cond, sampler, x, stop=int(steps[0]))
         _, out = jax.lax.scan(step, x, jnp.asarray(steps))
         return {"cond": cond, **jax.tree.map(lambda z: z.swapaxes(0, 1), out)}
 

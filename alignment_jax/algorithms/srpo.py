@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, expand, initial, predict, sample
-from .base import Algorithm, Info, Needs, Networks, Tree, fold, uniform
+from ..diffusion import Sampler, expand, fold_in, initial, predict, sample
+from .base import Algorithm, Info, Needs, Networks, Tree, uniform
 
 Array = jax.Array
 
@@ -35,8 +35,8 @@ def srpo(sampler: Sampler, shape: tuple[int, ...], *, ceiling: float | None = 0.
     first = min(steps - 2, max(1, int(np.ceil(steps * (1 - ground_truth_ratio)))))
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
-        x_T = initial(fold(keys, 0), sampler, (len(keys), *shape))
-        x0, _ = sample(fold(keys, 1), networks["policy"], data["cond"], sampler, x_T)
+        x_T = initial(fold_in(keys, 0), sampler, (len(keys), *shape))
+        x0, _ = sample(fold_in(keys, 1), networks["policy"], data["cond"], sampler, x_T)
         return {"x0": x0, "noise": x_T / sampler.initial_scale, "cond": data["cond"], "condition": data["condition"]}
 
     def recovered(networks: Networks, items: Tree, start: Array, end: Array) -> Array:
@@ -47,10 +47,10 @@ def srpo(sampler: Sampler, shape: tuple[int, ...], *, ceiling: float | None = 0.
         return (expand(alpha[end], n) * x0 + expand(sigma[end], n) * (eps - n)) / expand(alpha[end], n)
 
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
-        i = first + jnp.floor(uniform(fold(keys, 2)) * (steps - 1 - first)).astype(jnp.int32)
-        inversion = uniform(fold(keys, 3)) < 0.5
+        i = first + jnp.floor(uniform(fold_in(keys, 2)) * (steps - 1 - first)).astype(jnp.int32)
+        inversion = uniform(fold_in(keys, 3)) < 0.5
         x0 = recovered(networks, items, jnp.where(inversion, i + 1, i), jnp.where(inversion, i, i + 1))
-        reward = networks["reward"](fold(keys, 4), x0, items["condition"])
+        reward = networks["reward"](fold_in(keys, 4), x0, items["condition"])
         plus, minus = (reward[:, 0], reward[:, 1]) if reward.ndim == 2 else (reward, jnp.zeros_like(reward))
         share = i / (steps - 1)
         k = [a + (b - a) * share for a, b in (discount, discount_inversion)]

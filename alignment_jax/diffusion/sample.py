@@ -104,3 +104,9 @@ def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array
     if kept is None:
         return state.x, state.carry
     return state.x, Trajectory(jnp.concatenate([kept[0], state.x[None]]), kept[1])
+
+
+def draw(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, shape: tuple[int, ...], *, keep: bool = False) -> Any:
+    """Samples [B, *shape] from fresh noise, one for each key [B], as `sample` returns them."""
+    x_T = initial(fold_in(key, 0), sampler, (len(key), *shape))
+    return sample(fold_in(key, 1), denoise, cond, sampler, x_T, keep=keep)

@@ -27,6 +27,8 @@ class ModelBundle(NamedTuple):
       tokenize: tokenize(prompts) -> int32 [B,L], on the host; "" is the null condition.
       schedule, prediction: see diffusion. sample_shape: the shape of one x0.
       sampling: the sampler's settings that suit the model: num_steps, spacing, t_start, eta, guidance_scale.
+      attention: attention(params, x, t, cond) -> [B,h,w,L], how much each position looks at each token, mean over heads and
+        layers of one resolution; None where the model has no such maps.
     """
 
     name: str
@@ -40,3 +42,4 @@ class ModelBundle(NamedTuple):
     prediction: str
     sample_shape: tuple[int, ...]
     sampling: dict[str, Any]
+    attention: Callable[[Any, Array, Array, Any], Array] | None = None

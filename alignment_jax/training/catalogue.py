@@ -10,6 +10,7 @@ from ..algorithms import ALGORITHMS
 from ..evaluation.metrics import METRICS
 from ..models import MODELS
 from ..rewards import REWARDS
+from ..test_time import TEST_TIME
 
 Rows = list[dict[str, Any]]
 
@@ -17,6 +18,11 @@ Rows = list[dict[str, Any]]
 def algorithms() -> Rows:
     """Every method."""
     return [_row(name, e.family, e.paper, e.summary) for name, e in ALGORITHMS.items()]
+
+
+def test_time() -> Rows:
+    """Every test-time method, with what it asks of a reward and the setting that a budget of network calls goes into."""
+    return [_row(name, e.family, e.paper, e.summary) | {"reward": e.reward, "budget": e.budget} for name, e in TEST_TIME.items()]
 
 
 def rewards() -> Rows:

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..algorithms.base import fold
 from ..data import prompts as prompt_files
-from ..diffusion import Denoise, blended, guided, initial, sample
+from ..diffusion import Denoise, blended, fold_in, guided, initial, sample
 from ..evaluation import figures, over_optimisation
 from ..evaluation.diversity import pixel_diversity_ratio
 from ..evaluation.kl import best_of_n_kl, policy_kl
@@ -78,17 +77,17 @@ class Evaluator:
 
     def _sample_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
         run = self.session.run
-        x_T = initial(fold(keys, 0), run.sampler, (len(keys), *run.parts.bundle.sample_shape))
-        return sample(fold(keys, 1), self._network(params, base, lam), cond, run.sampler, x_T)[0]
+        x_T = initial(fold_in(keys, 0), run.sampler, (len(keys), *run.parts.bundle.sample_shape))
+        return sample(fold_in(keys, 1), self._network(params, base, lam), cond, run.sampler, x_T)[0]
 
     def _guided_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
         run = self.session.run
-        x_T = initial(fold(keys, 0), run.sampler, (len(keys), *run.parts.bundle.sample_shape))
-        return sample(fold(keys, 1), self._denoise(params, self.base_guidance), cond, run.sampler, x_T)[0]
+        x_T = initial(fold_in(keys, 0), run.sampler, (len(keys), *run.parts.bundle.sample_shape))
+        return sample(fold_in(keys, 1), self._denoise(params, self.base_guidance), cond, run.sampler, x_T)[0]
 
     def _kl_chunk(self, params: Tree, base: Tree, lam: Any, keys: jax.Array, cond: Tree) -> jax.Array:
-        x_T = initial(fold(keys, 0), self.noisy, (len(keys), *self.session.run.parts.bundle.sample_shape))
-        return policy_kl(fold(keys, 1), self._network(params, base, lam), self._denoise(base), cond, self.noisy, x_T)
+        x_T = initial(fold_in(keys, 0), self.noisy, (len(keys), *self.session.run.parts.bundle.sample_shape))
+        return policy_kl(fold_in(keys, 1), self._network(params, base, lam), self._denoise(base), cond, self.noisy, x_T)
 
     def _combined(self, trained: Tree, frozen: Tree, base: Tree, scale: Any) -> Tree:
         params = self.session.run.parts.partition.merge(trained, frozen["params"])

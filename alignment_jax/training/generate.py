@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,18 +14,19 @@ import ml_collections
 import numpy as np
 
 from .. import weights
-from ..algorithms.base import fold
 from ..data import prompts as prompt_files
-from ..diffusion import guided, guided_away, initial
+from ..diffusion import fold_in, guided, guided_away, initial
 from ..diffusion import sample as sample_chain
 from ..models import lora
 from ..models.bundle import ModelBundle
+from ..rewards.base import Reward
 from ..rewards.check import to_uint8
 from ..weights.lora_files import read_lora
-from . import build
+from . import build, steering
 from .state import Partition, full_partition, lora_partition
 
 Tree = Any
+Info = dict[str, np.ndarray]
 BATCH = 64
 
 
@@ -83,42 +84,63 @@ def partition_of(config: Any) -> Partition:
 
 
 def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Array, settings: dict[str, Any],
-             x_T: jax.Array | None = None, negative: str = "", batch: int = BATCH, away: Tree = None) -> np.ndarray:  # fmt: skip
-    """Samples of the prompts, decoded, [N,H,W,C] in [0, 1]; settings override the model's own for sampling.
+             x_T: jax.Array | None = None, negative: str = "", batch: int = BATCH, away: Tree = None,
+             method: Mapping[str, Any] | None = None, reward: Reward | None = None) -> tuple[np.ndarray, Info]:  # fmt: skip
+    """(samples of the prompts, decoded, [N,H,W,C] in [0, 1], what the method tells of each {name: [N]}).
 
-    away: parameters of the network that guidance leads away from, in place of the model itself (`diffusion.guided_away`).
+    settings override the model's own for sampling. away: parameters of the network that guidance leads away from, in place
+    of the model itself (`diffusion.guided_away`). method: {"name": of a test-time method, **its settings}.
     """
     from tqdm import tqdm
 
     sampler, guidance = build.sampler(ml_collections.ConfigDict({"sampling": settings}), bundle)
+    steered = steering.method(bundle=bundle, sampler=sampler, guidance=guidance, reward=reward, **split(method)) if method else None
+    if steered and x_T is not None:
+        raise ValueError("--noise fixes the start of the plain chain, and a test-time method draws its own; leave one out")
     if away is not None and guidance.scale == 1.0:
         raise ValueError("a negative network acts through guidance, and guidance_scale=1 has none; set --guidance_scale above 1")
     tokens, null_tokens, n = bundle.tokenize(texts), bundle.tokenize([negative]), len(texts)
-    x_T = initial(fold(keys, 0), sampler, (n, *bundle.sample_shape)) if x_T is None else sampler.initial_scale * x_T
+    condition = steering.condition(reward, texts)
+    x_T = initial(fold_in(keys, 0), sampler, (n, *bundle.sample_shape)) if x_T is None else sampler.initial_scale * x_T
 
     @jax.jit
-    def chunk(params: Tree, away: Tree, keys: jax.Array, tokens: jax.Array, x_T: jax.Array) -> jax.Array:
+    def chunk(params: Tree, away: Tree, reward_params: Tree, keys: jax.Array, tokens: jax.Array, condition: Tree, x_T: jax.Array) -> Any:
         cond = bundle.encode_text(params, tokens)
         null = bundle.encode_text(params if away is None else away, jnp.asarray(null_tokens))
         own = partial(bundle.denoise, params)
         denoise = (guided(own, null, guidance.scale, rescale=guidance.rescale) if away is None else
                    guided_away(own, partial(bundle.denoise, away), null, guidance.scale, rescale=guidance.rescale))  # fmt: skip
-        return bundle.decode(params, sample_chain(fold(keys, 1), denoise, cond, sampler, x_T)[0])
+        if steered is None:
+            return bundle.decode(params, sample_chain(fold_in(keys, 1), denoise, cond, sampler, x_T)[0]), {}
+        found = steering.networks(bundle, params, denoise, null, guidance, reward, reward_params, texts)
+        x0, info = steered.draw(keys, found, {"cond": cond, "condition": condition, "null": null})
+        return bundle.decode(params, x0), info
 
-    size, out = min(batch, n), []
+    size = min(batch, n)
+    out: list[tuple[np.ndarray, Info]] = []
     for i in tqdm(range(0, n, size), desc="sample", unit="batch", disable=n <= size):
         rows = np.minimum(np.arange(i, i + size), n - 1)
-        out.append(np.asarray(chunk(params, away, keys[rows], tokens[rows], x_T[rows])))
-    return np.concatenate(out)[:n]
+        of_rows = jax.tree.map(lambda x, rows=rows: x[rows], condition)
+        drawn = chunk(params, away, reward.params if reward else None, keys[rows], tokens[rows], of_rows, x_T[rows])
+        out.append(jax.tree.map(np.asarray, drawn))
+    array, info = jax.tree.map(lambda *x: np.concatenate(x)[:n], *out)
+    return array, info
+
+
+def split(method: Mapping[str, Any]) -> dict[str, Any]:
+    """{"name", **settings} as {"name", "settings"}."""
+    return {"name": method["name"], "settings": {k: v for k, v in method.items() if k != "name"}}
 
 
 def generate(*, model: str, weights_file: str, run: str | None, scale: float | None, prompts: str, out: str, seed: int,
              samples: int, noise: str | None, save_arrays: bool, settings: dict[str, Any], negative: str = "",
              options: dict[str, Any] | None = None, batch: int = BATCH, loras: Sequence[tuple[str, float]] = (),
-             negative_run: str = "", negative_merge: float = 0.0) -> list[Path]:  # fmt: skip
+             negative_run: str = "", negative_merge: float = 0.0, method: Mapping[str, Any] | None = None,
+             reward: str = "") -> list[Path]:  # fmt: skip
     """Writes 0000.png, ... and prompts.txt into `out`; returns the pictures' paths. See `sample --help`.
 
-    options: the model's, such as height, width and dtype. loras: (file, scale) of what is merged into the model.
+    options: the model's, such as height, width and dtype. loras: (file, scale) of what is merged into the model. With a
+    method also info.json: the method, and what it tells of each picture, its reward first.
     """
     from PIL import Image
 
@@ -132,18 +154,24 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
     texts = [p for p in (prompt_files.load(prompts) if is_file else [prompts]) for _ in range(samples)]
     keys = jax.random.split(jax.random.key(seed), len(texts))
     x_T = _noise(noise, (len(texts), *bundle.sample_shape)) if noise else None
-    build.sampler(ml_collections.ConfigDict({"sampling": settings}), bundle)  # what is wrong is said before weights are read
+    # what is wrong is said before weights are read
+    sampler, guidance = build.sampler(ml_collections.ConfigDict({"sampling": settings}), bundle)
+    judge = build.reward(ml_collections.ConfigDict({"reward": reward}))
+    if method:
+        steering.method(bundle=bundle, sampler=sampler, guidance=guidance, reward=judge, **split(method))
     params = params if run else read()
     for path, share in loras:
         params = with_lora(params, path, share)
     away = negative_network(negative_run, negative_merge, bundle, params, options) if negative_run else None
-    array = pictures(bundle, params, texts, keys, settings, x_T, negative, batch, away)
+    array, info = pictures(bundle, params, texts, keys, settings, x_T, negative, batch, away, method, judge)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:04d}.png" for i in range(len(texts))]
     for file, picture in zip(files, to_uint8(jnp.asarray(array)), strict=True):
         Image.fromarray(picture).save(file)
     (folder / "prompts.txt").write_text("\n".join(texts) + "\n")
+    if method:
+        (folder / "info.json").write_text(json.dumps({"method": dict(method), **{k: v.tolist() for k, v in info.items()}}, indent=1) + "\n")
     if save_arrays:
         np.save(folder / "images.npy", array.astype(np.float32))
     return files

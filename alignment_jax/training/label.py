@@ -53,7 +53,7 @@ def label(*, model: str, run: str | None, prompts: str, annotator: str | Sequenc
     texts = [texts[i] for i in rng.permutation(np.resize(np.arange(len(texts)), pairs))]
     k = size or 2
     keys = jax.random.split(jax.random.key(seed), k * pairs)
-    drawn = to_uint8(jnp.asarray(pictures(bundle, params, texts * k, keys, settings)))
+    drawn = to_uint8(jnp.asarray(pictures(bundle, params, texts * k, keys, settings)[0]))
     shown = drawn.reshape(k, pairs, *drawn.shape[1:])
     file = Path(out).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)

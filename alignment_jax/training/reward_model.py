@@ -15,12 +15,11 @@ import numpy as np
 import optax
 
 from .. import weights
-from ..algorithms.base import fold
 from ..algorithms.losses import noised
 from ..data import prompts as prompt_files
 from ..data.pairs import ArrayPairs
 from ..data.sources import Source, pair_reader
-from ..diffusion import normal
+from ..diffusion import fold_in, normal
 from ..evaluation import agreement
 from ..evaluation.summary import plain
 from ..rewards import JUDGES, preference, trained
@@ -261,8 +260,8 @@ def inputs(net: trained.Network, frozen: Tree, key: Array, batch: Tree, *, augme
     x_a, t, _ = noised(one, samples[0], bundle.schedule)
     if time is not None:
         t = jnp.full_like(t, bundle.schedule.t_min + time * (bundle.schedule.t_max - bundle.schedule.t_min))
-        x_a = bundle.schedule.add_noise(samples[0], normal(fold(one, 1), samples[0].shape), t)
-    x_b = bundle.schedule.add_noise(samples[1], normal(fold(one, 2), samples[1].shape), t)
+        x_a = bundle.schedule.add_noise(samples[0], normal(fold_in(one, 1), samples[0].shape), t)
+    x_b = bundle.schedule.add_noise(samples[1], normal(fold_in(one, 2), samples[1].shape), t)
     return {"x": x_a, "t": t, "cond": cond}, {"x": x_b, "t": t, "cond": cond}
 
 

@@ -1,0 +1,123 @@
+"""Test-time methods bound to a model and a reward: what `sample --method` and `evaluate --methods` draw with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..diffusion import Denoise, Sampler, guided
+from ..models.bundle import ModelBundle
+from ..rewards import columns
+from ..rewards.base import Reward
+from ..rewards.check import score_host, to_uint8
+from ..test_time import TEST_TIME, Method
+from .build import call, named
+from .count import counted
+from .programs import Guidance
+
+Tree = Any
+
+
+def method(name: str, settings: Mapping[str, Any], bundle: ModelBundle, sampler: Sampler, guidance: Guidance,
+           reward: Reward | None) -> Method:  # fmt: skip
+    """The method by name or "module:factory". Raises ValueError for whatever does not fit the sampler or the reward."""
+    entry = named(name, TEST_TIME, "method")
+    factory = entry.factory if hasattr(entry, "factory") else entry
+    made: Method = call(factory, settings, f"method {name!r}", sampler=sampler, shape=bundle.sample_shape, guidance=guidance.scale)
+    needs = made.needs
+    if needs.reward and reward is None:
+        raise ValueError(f"method {name} needs a reward; set --reward (see: list rewards)")
+    if needs.reward and reward is not None:
+        if reward.noisy or columns(reward):
+            raise ValueError(f"method {name} needs one score of a picture, and {reward.name!r} gives "
+                             + ("scores of noisy states" if reward.noisy else f"{len(columns(reward))}: {', '.join(columns(reward))}"))
+        if needs.reward == "gradient" and not (reward.device and reward.differentiable):
+            fits = ", ".join(n for n, e in TEST_TIME.items() if e.reward == "value")
+            raise ValueError(f"method {name} takes gradients of the reward, and {reward.name!r} has none; use a differentiable "
+                             f"reward, or a method that takes scores: {fits}")  # fmt: skip
+    if needs.noise and sampler.deterministic:
+        raise ValueError(f"method {name} chooses among the sampler's noises, and this sampler has none; set --eta=1 (or a "
+                         "scheduler with noise: ddpm, euler_ancestral, sde-dpmsolver++)")  # fmt: skip
+    if needs.still and not sampler.deterministic:
+        raise ValueError(f"method {name} needs a sampler without noise; set --eta=0")
+    if needs.guidance and guidance.scale == 1.0:
+        raise ValueError(f"method {name} acts through classifier-free guidance, and guidance_scale=1 has none; set it above 1")
+    if needs.attention and bundle.attention is None:
+        raise ValueError(f"method {name} reads cross-attention maps, and model {bundle.name} gives none")
+    return made
+
+
+def networks(bundle: ModelBundle, params: Tree, policy: Denoise, null: Tree, guidance: Guidance, reward: Reward | None,
+             reward_params: Tree, texts: list[str] | None = None) -> dict[str, Callable[..., Any]]:  # fmt: skip
+    """What a method sees; texts: the prompts that a host reward's condition, {"row" [B]}, counts through."""
+    own = partial(bundle.denoise, params)
+
+    def guide(scale: float, null: Tree = null) -> Denoise:
+        return guided(own, null, scale, rescale=guidance.rescale)
+
+    def score(keys: jax.Array, x0: jax.Array, condition: Tree, augment: bool = False) -> jax.Array:
+        assert reward is not None
+        observation = bundle.decode(params, x0)
+        if not reward.device:
+            shape = jax.ShapeDtypeStruct((len(x0),), jnp.float32)
+            said: jax.Array = jax.pure_callback(partial(_on_host, reward, texts or []), shape, observation, condition["row"])
+            return said
+        if augment and reward.augment is not None:
+            observation = jax.vmap(lambda k, o, augment=reward.augment: augment(k, o[None])[0])(keys, observation)
+        scored: jax.Array = reward.score(reward_params, observation, condition)
+        return scored
+
+    found: dict[str, Callable[..., Any]] = {"policy": policy, "unguided": own, "guide": guide}
+    if reward is not None:
+        found |= {"reward": score, "augmented": partial(score, augment=True)}
+    if bundle.attention is not None:
+        found["attention"] = partial(bundle.attention, params)
+    return found
+
+
+def condition(reward: Reward | None, texts: list[str]) -> Tree:
+    """What the reward must know of the prompts, a tree of arrays with leading axis B."""
+    if reward is None:
+        return {}
+    if not reward.device:
+        return {"row": np.arange(len(texts))}
+    return reward.encode(texts) if reward.encode else {}
+
+
+def _on_host(reward: Reward, texts: list[str], observation: Any, rows: Any) -> np.ndarray:
+    prompts = [texts[i] for i in np.asarray(rows)]
+    return score_host(reward, to_uint8(jnp.asarray(observation)), prompts, {}, batch_index=0, on_error="mask")[0]
+
+
+def cost(name: str, settings: Mapping[str, Any], sampler: Sampler, guidance_scale: float = 1.0) -> dict[str, int]:
+    """What one sample of a method costs: "network", "decode", "reward", and their backward; counted on networks of one number."""
+    counter: Counter[str] = Counter()
+    entry = named(name, TEST_TIME, "method")
+    factory = entry.factory if hasattr(entry, "factory") else entry
+    shape, guidance, own = (4, 4, 1), Guidance(guidance_scale), jnp.float32(0.5)
+    made: Method = call(factory, settings, f"method {name!r}", sampler=sampler, shape=shape, guidance=guidance.scale)
+
+    def denoise(w: Any, x: Any, t: Any, cond: Any) -> Any:
+        return w * x + 0.0 * cond["c"].sum((1, 2))[:, None, None, None]
+
+    def maps(w: Any, x: Any, t: Any, cond: Any) -> Any:
+        return jax.nn.softmax(w * x + cond["c"].sum(-1)[:, None, None, :], -1)
+
+    scale = lambda w, x: w * x  # noqa: E731
+    score = counted(lambda w, x, condition: w * x.mean((1, 2, 3)), counter, "reward")
+    bundle = ModelBundle("one number", lambda key: own, counted(denoise, counter, "network"), scale, counted(scale, counter, "decode"),
+                         scale, lambda prompts: np.zeros((len(prompts), 1)), sampler.schedule, sampler.prediction, shape, {},
+                         counted(maps, counter, "network"))  # fmt: skip
+    null, reward = {"c": jnp.zeros((1, 4, 2))}, Reward("mean", score)
+    policy = guided(partial(bundle.denoise, own), null, guidance.scale)
+    found = networks(bundle, own, policy, null, guidance, reward, own)
+    data = {"cond": {"c": jnp.ones((1, 4, 2))}, "condition": {}, "null": null, "subjects": jnp.ones((1, 4), bool)}
+    jax.block_until_ready(jax.jit(lambda keys: made.draw(keys, found, data))(jax.random.split(jax.random.key(0), 1)))
+    jax.effects_barrier()
+    return dict(counter)
