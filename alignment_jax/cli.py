@@ -115,8 +115,11 @@ def _sample_flags() -> None:
     flags.DEFINE_multi_float("lora_scale", [], "How much of each LoRA is used; 1 unless given.")
     flags.DEFINE_string("prompts", None, "A prompt, or a txt, jsonl or csv file of prompts.")
     flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
-    flags.DEFINE_string("negative_run", "", "Workdir of a run on swapped labels (method.negative): guidance leads away from its network.")
+    flags.DEFINE_string("negative_run", "", "Workdir of a run on swapped labels (method.negative): guidance leads away from its network. "
+                        "base: the model without the change of --run and --lora.")  # fmt: skip
     flags.DEFINE_float("negative_merge", 0.0, "The share of the pictures' own model mixed into it, 0 to 1; more for high guidance.")
+    flags.DEFINE_bool("autoguidance", False, "The network of --negative_run, a less trained one or the base, sees the picture's own prompt "
+                      "in place of the negative one.")  # fmt: skip
     flags.DEFINE_string("method", None, "A test-time method (list test_time), or module:factory; without one, plain sampling.")
     flags.DEFINE_multi_string("option", [], "NAME=VALUE for the method, such as particles=8; may be repeated.")
     flags.DEFINE_string("reward", "", "What the method follows: as config.reward, such as critters_proxy or \"{'name': ..., ...}\".")
@@ -130,6 +133,7 @@ def _sample_flags() -> None:
     flags.DEFINE_integer("num_steps", None, "Network calls a picture.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance.")
     flags.DEFINE_float("guidance_rescale", None, "The share of guidance's gain in contrast that is taken back, 0 to 1.")
+    flags.DEFINE_list("guidance_interval", None, "LOW,HIGH: guidance between these noise levels only, such as 0.2,0.8; 0 is clean, 1 noise.")
     flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1.")
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_integer("samples", 1, "Pictures a prompt.", lower_bound=1)
@@ -145,7 +149,7 @@ def sample(rest: Sequence[str]) -> None:
     _compilation_cache()
     from .training.generate import generate
 
-    settings = _given("num_steps", "guidance_scale", "guidance_rescale", "eta", "scheduler", "spacing")
+    settings = _given("num_steps", "guidance_scale", "guidance_rescale", "guidance_interval", "eta", "scheduler", "spacing")
     files, scales = FLAGS.lora, FLAGS.lora_scale or [1.0] * len(FLAGS.lora)
     if len(scales) != len(files):
         raise ValueError(f"{len(files)} --lora and {len(scales)} --lora_scale; give a scale for each file, or none")
@@ -154,7 +158,8 @@ def sample(rest: Sequence[str]) -> None:
                        save_arrays=FLAGS.save_arrays, settings=settings, negative=FLAGS.negative_prompt,
                        batch=FLAGS.batch or (8 if FLAGS.method else 64), method=_method(), reward=FLAGS.reward,
                        options=_given("height", "width", "dtype", "variant"), loras=list(zip(files, scales)),
-                       negative_run=FLAGS.negative_run, negative_merge=FLAGS.negative_merge)  # fmt: skip
+                       negative_run=FLAGS.negative_run, negative_merge=FLAGS.negative_merge,
+                       autoguidance=FLAGS.autoguidance)  # fmt: skip
     print(f"{len(written)} pictures in {FLAGS.out}")
 
 
@@ -164,13 +169,32 @@ def sample(rest: Sequence[str]) -> None:
 def _evaluate_flags() -> None:
     flags.DEFINE_string("run", None, "Workdir of a run.")
     flags.DEFINE_string("against", "base", "What it is compared with: base.")
-    flags.mark_flags_as_required(["run"])
+    flags.DEFINE_list("methods", [], "Test-time methods to compare instead, as the config's arguments name them; 'all' for all.")
+    flags.DEFINE_list("nfe", [], "Network calls a sample that each method may spend, a backward pass counted as two; several give a curve.")
+    flags.DEFINE_string("config", "configs/critters_test_time.py", "With --methods: what is drawn and judged, a get_config(NAME).")
+    flags.DEFINE_integer("num_prompts", None, "With --methods: prompts instead of the config's number.", lower_bound=2)
+    flags.DEFINE_integer("samples", None, "With --methods: samples a prompt instead of the config's number.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "With --methods: of the noise.")
+    flags.DEFINE_string("out", None, "With --methods: folder of the results, one .json a method, the table and the figure; it is added to.")
 
 
 def evaluate(rest: Sequence[str]) -> None:
-    """Judges a run's tuned model beside its base anew; rewrites report.html and summary.json."""
+    """Judges a run's tuned model beside its base anew; or compares test-time methods at equal numbers of network calls."""
     _no_more(rest)
     _compilation_cache()
+    if FLAGS.methods:
+        from .training.compare import compare
+
+        if not FLAGS.nfe or not FLAGS.out:
+            raise ValueError("--methods needs --nfe, the network calls a sample may cost, such as --nfe=100,400, and --out")
+        wrong = [text for text in FLAGS.nfe if not text.isdigit() or int(text) < 1]
+        if wrong:
+            raise ValueError(f"--nfe={wrong[0]} is not a positive whole number")
+        print(compare(FLAGS.config, FLAGS.methods, [int(n) for n in FLAGS.nfe], FLAGS.out, seed=FLAGS.seed, run=FLAGS.run or "",
+                      sizes=_given("num_prompts", "samples")))  # fmt: skip
+        return
+    if not FLAGS.run:
+        raise ValueError("evaluate what? Give --run=WORKDIR, or --methods=best_of_n,... --nfe=100 --out=FOLDER")
     if FLAGS.against != "base":
         raise ValueError(f"--against={FLAGS.against} is not known; allowed: base")
     from .training.loop import evaluate_run
@@ -186,8 +210,8 @@ def _label_flags() -> None:
     flags.DEFINE_string("model", "critters", "A model's name (list models), or module:factory.")
     flags.DEFINE_string("run", None, "Workdir of a run: its tuned parameters are used.")
     flags.DEFINE_string("prompts", "critters:train", "A txt, jsonl or csv file of prompts, or critters:train.")
-    flags.DEFINE_multi_string("annotator", ["critters_annotator"], "Who compares: an annotator, a reward (list rewards), or "
-                              "module:factory of either; given several times, all answer.")  # fmt: skip
+    flags.DEFINE_multi_string("annotator", ["critters_annotator"], "Who compares: an annotator, a reward (list rewards), "
+                              "module:factory of either, or \"{'name': ..., ...}\"; given several times, all answer.")  # fmt: skip
     flags.DEFINE_bool("both_orders", False, "Each comparison is asked twice, with the pictures swapped: no side is favoured.")
     flags.DEFINE_float("temperature", None, "Of a reward's answers: the difference of scores that wins 73 % of them; 1 unless given.")
     flags.DEFINE_float("tie", None, "Scores of a reward that differ by less are a tie.")

@@ -166,6 +166,32 @@ def over_optimisation_panel(points: Sequence[Mapping[str, Any]], best_of_n: Sequ
         return _png(figure)
 
 
+def budget_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], base: Mapping[str, Any], *, rate: bool = True) -> bytes:
+    """Gold, proxy and diversity of test-time methods over the network calls that a sample costs.
+
+    curves: method -> points {"calls", "gold", "proxy", "diversity": Intervals}; base: the same of plain sampling. Best-of-n,
+    if it is there, is drawn black: what a method must beat.
+    """
+    with _style(False) as Figure:
+        figure = Figure(figsize=(12.6, 4.6), layout="constrained")
+        axes = figure.subplots(1, 3)
+        markers, names = "osD^v<>Phx*d", sorted(curves, key=lambda name: (name != "best_of_n", name))
+        for ax, kind in zip(axes, ("gold", "proxy", "diversity"), strict=True):
+            ax.set_title(_titles(rate)[kind], loc="left", fontweight="bold")
+            ax.set_xlabel("network calls a sample, a backward pass counted as two")
+            ax.set_xscale("log")
+            ax.axhspan(base[kind]["low"], base[kind]["high"], color="0.5", alpha=0.18, lw=0)
+            for i, name in enumerate(names):
+                rows = [r for r in sorted(curves[name], key=lambda r: r["calls"]) if r[kind]["mean"] is not None]
+                mean, low, high = (np.array([r[kind][end] for r in rows], float) for end in ("mean", "low", "high"))
+                colour = "black" if name == "best_of_n" else f"C{i % 10}"
+                ax.errorbar([r["calls"] for r in rows], mean, np.nan_to_num([mean - low, high - mean]), color=colour, alpha=0.9,
+                            elinewidth=0.7, lw=1.2, marker=markers[i % len(markers)], ms=4, label=name)  # fmt: skip
+        axes[0].legend(fontsize=6.5, frameon=False, ncols=2)
+        axes[0].set_ylabel("grey: plain sampling")
+        return _png(figure)
+
+
 def _titles(rate: bool) -> dict[str, str]:
     return {"proxy": "Proxy reward", "gold": "Gold judge, all right" if rate else "Gold judge's score",
             "diversity": "Diversity among right samples" if rate else "Diversity within a prompt"}  # fmt: skip

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import difflib
-import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from ..data import prompts as prompt_files
 from ..data.pairs import FORMS, ArrayPairs
 from ..data.pairs_dataset import pair_data
 from ..data.sources import Source, label_source, list_source, pair_source, prompt_source
-from ..diffusion import Sampler, sampling_grid, scheduler
+from ..diffusion import NoiseSchedule, Sampler, sampling_grid, scheduler
 from ..models import MODELS, stable_diffusion
 from ..models.bundle import ModelBundle
 from ..models.lora import unreached
@@ -30,12 +29,16 @@ from ..rewards import REWARDS, columns
 from ..rewards.base import Reward
 from ..rewards.combine import weighted
 from ..weights import files as weight_files
+from . import steering
+from .names import call, named, nearest
 from .optimizer import optimizer
 from .precompute import latent_source
 from .programs import Guidance, Parts
 from .state import full_partition, lora_partition
 
 Tree = Any
+NOISY = ("What fits: {'name': 'trained', 'folder': ...} of a train-reward run with reads='noisy' (configs/critters_reward.py:noisy), or "
+         "your own Reward with noisy=True; spo judges steps by pictures")  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -54,35 +57,6 @@ class Run(NamedTuple):
     sampler: Sampler
     source: Source
     learning_rate: Callable[[int], Any]
-
-
-def nearest(name: str, names: Any) -> str:
-    """The end of an error message about an unknown name: the nearest known one, and all."""
-    found = difflib.get_close_matches(name, list(names), 1)
-    return (f" Did you mean {found[0]!r}?" if found else "") + f" Known: {', '.join(sorted(names))}."
-
-
-def call(factory: Callable[..., Any], kwargs: Mapping[str, Any], where: str, **given: Any) -> Any:
-    """factory(**given it asks for, **kwargs); an unknown keyword is an error that names the nearest."""
-    known = inspect.signature(factory).parameters
-    given = {k: v for k, v in given.items() if k in known}
-    for key in kwargs:
-        if key not in known or key in given:
-            raise ValueError(f"{where} has no field {key!r}." + nearest(key, known.keys() - given.keys()))
-    return factory(**given, **kwargs)
-
-
-def named(name: str, table: Mapping[str, Any], where: str) -> Any:
-    """table[name], or the object that "module:name" names: a user's own part."""
-    if name in table:
-        return table[name]
-    if ":" not in name:
-        raise ValueError(f"{where} {name!r} is not known." + nearest(name, table) + " Your own: 'module:name'.")
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where} {name!r}: {error}. Is the module's folder on PYTHONPATH?") from error
 
 
 def model(config: Any) -> tuple[ModelBundle, Tree]:
@@ -138,11 +112,21 @@ def reward(config: Any) -> Reward | None:
     spec = config.get("reward")
     if not spec:
         return None
-    if isinstance(spec, str) and spec[0] in "{[":  # from the command line, where a field may hold a name or a dictionary
-        spec = ast.literal_eval(spec)
+    spec = written(spec)
     if isinstance(spec, list | tuple):
         return weighted([(one_reward(part), float(weight)) for part, weight in spec])
     return one_reward(spec)
+
+
+def written(spec: Any) -> Any:
+    """A name as it is; the dictionary or list that a text such as "{'name': ...}" spells, as fields of the command line hold it."""
+    if not isinstance(spec, str) or not spec.strip().startswith(("{", "[")):
+        return spec
+    try:
+        return ast.literal_eval(spec.strip())
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{spec} is no dictionary or list as Python writes it, such as {{'name': 'trained', 'folder': 'runs/reward'}}: "
+                         f"{error.args[0]}") from error  # fmt: skip
 
 
 def one_reward(spec: Any) -> Reward:
@@ -175,16 +159,31 @@ def sampler(config: Any, bundle: ModelBundle) -> tuple[Sampler, Guidance]:
     """(sampler, guidance): the model's own settings, overridden by config.sampling.
 
     Settings are those of `diffusion.scheduler` where one is named, else of `sampling_grid`; and eta, flow_sde,
-    guidance_scale, guidance_rescale.
+    guidance_scale, guidance_rescale, and guidance_interval: (low, high), the noise levels between which there is guidance, as a
+    share of the schedule's time, 0 clean and 1 noise (discrete times are counted in thousandths, as they are numbered).
     """
     settings = {**bundle.sampling, **dict(config.get("sampling", {}))}
-    guidance = Guidance(float(settings.pop("guidance_scale", 1.0)), float(settings.pop("guidance_rescale", 0.0)))
+    guidance = Guidance(float(settings.pop("guidance_scale", 1.0)), float(settings.pop("guidance_rescale", 0.0)),
+                        _interval(settings.pop("guidance_interval", (0.0, 1.0)), bundle.schedule))  # fmt: skip
     if "scheduler" in settings:
         name = settings.pop("scheduler")
         return call(scheduler, settings, "sampling", name=name, schedule=bundle.schedule, prediction=bundle.prediction), guidance
     eta, flow_sde = settings.pop("eta", 0.0), settings.pop("flow_sde", None)
     grid = call(sampling_grid, settings, "sampling", schedule=bundle.schedule)
     return Sampler(bundle.schedule, grid, bundle.prediction, eta, tuple(flow_sde) if flow_sde else None), guidance
+
+
+def _interval(share: Any, schedule: NoiseSchedule) -> tuple[float, float] | None:
+    """guidance_interval in the network's times; None: all of them."""
+    try:
+        low, high = (float(v) for v in share)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise ValueError("guidance_interval is two numbers, 0 <= low < high <= 1, shares of the schedule's time (1 is noise), such as "
+                         f"0.2,0.8; got {share!r}")  # fmt: skip
+    whole = schedule.t_max + 1 if schedule.discrete else 1.0
+    return None if (low, high) == (0, 1) else (low * whole, high * whole)
 
 
 def batch_sizes(config: Any) -> tuple[int, int, int]:
@@ -206,7 +205,8 @@ def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | N
     """The stream of batches of config.data that the algorithm needs; pictures must be of the model's shape.
 
     data: prompts; or labels and its factory's arguments; or pairs and data_dir; or lists (and length, their K); drop, the share
-    of empty prompts. latents, a folder of `precompute`, stands in for labels and pairs.
+    of empty prompts. latents, a folder of `precompute`, stands in for labels and pairs. reward: what scores the rollout, if
+    anything does.
     """
     prompts, group, _ = batch_sizes(config)
     data = dict(config.get("data", {}))
@@ -215,6 +215,9 @@ def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | N
     latents = data.pop("latents", "")
     if latents and needs == "lists":
         raise ValueError("ranked lists have no precomputed latents yet; leave data.latents empty and set config.data.lists")
+    if latents and needs != "prompts" and reward is not None:
+        raise ValueError(f"this method's reward {reward.name!r} scores new pictures of the captions, which data.latents does not hold; "
+                         "leave it empty and set config.data.labels")  # fmt: skip
     if latents and needs != "prompts":
         holds = ("winner", "loser") if needs == "pairs" else ("x0",)
         return latent_source(latents, batch=per_process * group, seed=seed, drop=float(data.get("drop", 0.0)), shard=shard,
@@ -230,7 +233,7 @@ def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | N
         images, captions, *marks = arrays(**{k: data.pop(k) for k in list(data) if k not in ("drop",)})
         _check_pictures(images, shape, "data.labels")
         return label_source(images, captions, bundle.tokenize, batch=per_process * group, seed=seed,
-                            drop=float(data.pop("drop", 0.0)), shard=shard,
+                            drop=float(data.pop("drop", 0.0)), shard=shard, encode=reward.encode if reward else None,
                             desirable=prompt_files.both_kinds(*marks or [None]) if needs == "desirable" else None)  # fmt: skip
     if needs == "lists":
         lists, drop = _lists(data, shape), float(data.pop("drop", 0.0))
@@ -283,7 +286,8 @@ def build_run(config: Any) -> Run:
     bundle, params = model(config)
     plan = planned(config, bundle, params, reward(config))
     shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]
-    source = data_source(config, plan.parts.algorithm.needs.data, bundle, plan.parts.reward, shape)
+    needs = plan.parts.algorithm.needs
+    source = data_source(config, needs.data, bundle, plan.parts.reward if needs.reward else None, shape)
     return Run(plan.parts, params, plan.sampler, source, plan.learning_rate)
 
 
@@ -302,16 +306,18 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
         given["cond"] = jax.eval_shape(bundle.encode_text, params, jnp.asarray(bundle.tokenize([""])))
     algorithm = call(factory, method, "method", sampler=sampler_, **given)
     if algorithm.needs.reward and reward_ is None:
-        raise ValueError(f"method {config.method.name} needs a reward; set config.reward to one of {', '.join(REWARDS)}")
+        fits = NOISY if algorithm.needs.reward == "state" else f"Set config.reward to one of {', '.join(REWARDS)}"
+        raise ValueError(f"method {config.method.name} needs a reward. {fits}")
     if algorithm.needs.reward == "gradient" and reward_ is not None and not reward_.differentiable:
         fits = [n for n, e in ALGORITHMS.items() if n != config.method.name and not _needs_gradient(e)]
         raise ValueError(f"method {config.method.name} takes gradients of the reward, and {reward_.name!r} has none; "
                          f"use a differentiable reward, or one of the methods {', '.join(fits)}")  # fmt: skip
     if reward_ is not None and algorithm.needs.reward:
         algorithm = _one_of_several(config, algorithm, reward_, sampler=sampler_, shape=bundle.sample_shape, size=group)
-    if algorithm.needs.reward == "step" and reward_ is not None and not reward_.device:
+    if algorithm.needs.reward in ("step", "state") and reward_ is not None and not reward_.device:
         raise ValueError(f"method {config.method.name} judges states inside the rollout, on the device, and {reward_.name!r} runs on the "
                          "host; use a device reward, or a method that scores whole pictures: d3po, online, ddpo")  # fmt: skip
+    redraw = _redraw(config, algorithm, bundle, sampler_, guidance, reward_)
     settings = dict(config.optimizer)
     ema = float(settings.pop("ema", 0.0))
     tx, rate = call(optimizer, settings, "optimizer", steps=int(config.steps))
@@ -328,7 +334,19 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
             raise ValueError(f"LoRA would not reach {', '.join(missed[:5])}{' and others' if len(missed) > 5 else ''}: no flax Dense or "
                              f"Conv layer of {config.model} applies them. Narrow lora.targets, or train whole parameters "
                              "(lora=None, config.trainable)")  # fmt: skip
-    return Plan(Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text), sampler_, rate)
+    return Plan(Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text, redraw), sampler_, rate)
+
+
+def _redraw(config: Any, algorithm: Algorithm, bundle: ModelBundle, sampler_: Sampler, guidance: Guidance, reward_: Reward | None) -> Any:
+    """What draws a rollout's samples in place of the plain chain: the test-time method of config.rollout, or None."""
+    spec = config.get("rollout")
+    settings = dict(written(spec) or {})
+    if not settings:
+        return None
+    if "name" not in settings:
+        raise ValueError(f"config.rollout needs a name beside its settings; got {', '.join(settings)}")
+    method = steering.method(settings.pop("name"), settings, bundle, sampler_, guidance, reward_)
+    return partial(steering.redrawn, method, bundle, guidance, reward_)
 
 
 def _inner(spec: Any, **given: Any) -> Callable[[Sampler], Algorithm]:
@@ -344,10 +362,12 @@ def _inner(spec: Any, **given: Any) -> Callable[[Sampler], Algorithm]:
 def _one_of_several(config: Any, algorithm: Algorithm, reward: Reward, **given: Any) -> Algorithm:
     """The method under config.aggregate where the reward has several columns; raises ValueError where the two do not fit."""
     spec, names = config.get("aggregate"), columns(reward)
-    settings = dict(ast.literal_eval(spec) if isinstance(spec, str) and spec else spec or {})
-    if reward.noisy and algorithm.needs.reward != "step":
+    settings = dict(written(spec) or {})
+    if reward.noisy and algorithm.needs.reward not in ("step", "state"):
         raise ValueError(f"{reward.name!r} scores noisy states; method {config.method.name} asks for scores of pictures. Methods that "
                          "judge steps are spo and lpo")  # fmt: skip
+    if algorithm.needs.reward == "state" and not reward.noisy:
+        raise ValueError(f"method {config.method.name} judges the noisy states of the chain, and {reward.name!r} scores pictures. {NOISY}")
     if names and names == algorithm.needs.columns and not settings:
         return algorithm
     if bool(settings) != bool(names):

@@ -69,7 +69,7 @@ class Evaluator:
         parts = self.session.run.parts
         scale = parts.guidance.scale if scale is None else scale
         denoise = partial(parts.bundle.denoise, params)
-        return guided(denoise, self.session.frozen["null"], scale, rescale=parts.guidance.rescale)
+        return guided(denoise, self.session.frozen["null"], scale, rescale=parts.guidance.rescale, interval=parts.guidance.interval)
 
     def _network(self, params: Tree, base: Tree, lam: jax.Array | None) -> Denoise:
         tuned = self._denoise(params)
@@ -227,7 +227,9 @@ class Evaluator:
                         alarm=alarm)  # fmt: skip
         save_json(workdir / "summary.json", whole)
         scales = (run.parts.guidance.scale, self.base_guidance)
-        calls = {scale: run.sampler.num_steps * (1 if scale == 1 else 2) for scale in scales}
+        low, high = run.parts.guidance.interval or (-np.inf, np.inf)
+        twice = int(sum(low <= t <= high for t in run.sampler.grid.t[:-1]))
+        calls = {scale: run.sampler.num_steps + (0 if scale == 1 else twice) for scale in scales}
         costs = {"base": {"network_calls": calls[scales[1]], "reward_calls": 0, "seconds": base["seconds"]},
                  "aligned": {"network_calls": calls[scales[0]], "reward_calls": 0, "seconds": aligned["seconds"]},
                  "best_of_n": {"network_calls": calls[scales[1]] * g, "reward_calls": g, "seconds": base["seconds"] * g}}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -85,11 +86,13 @@ def partition_of(config: Any) -> Partition:
 
 def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Array, settings: dict[str, Any],
              x_T: jax.Array | None = None, negative: str = "", batch: int = BATCH, away: Tree = None,
-             method: Mapping[str, Any] | None = None, reward: Reward | None = None) -> tuple[np.ndarray, Info]:  # fmt: skip
+             method: Mapping[str, Any] | None = None, reward: Reward | None = None,
+             autoguidance: bool = False, meter: dict[str, float] | None = None) -> tuple[np.ndarray, Info]:  # fmt: skip
     """(samples of the prompts, decoded, [N,H,W,C] in [0, 1], what the method tells of each {name: [N]}).
 
     settings override the model's own for sampling. away: parameters of the network that guidance leads away from, in place
-    of the model itself (`diffusion.guided_away`). method: {"name": of a test-time method, **its settings}.
+    of the model itself (`diffusion.guided_away`); autoguidance: it sees the prompt, not the negative one. method: {"name": of a
+    test-time method, **its settings}. meter: gets "seconds" a picture, "compile_seconds" and "temporary_bytes" of a batch.
     """
     from tqdm import tqdm
 
@@ -108,21 +111,31 @@ def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Arra
         cond = bundle.encode_text(params, tokens)
         null = bundle.encode_text(params if away is None else away, jnp.asarray(null_tokens))
         own = partial(bundle.denoise, params)
-        denoise = (guided(own, null, guidance.scale, rescale=guidance.rescale) if away is None else
-                   guided_away(own, partial(bundle.denoise, away), null, guidance.scale, rescale=guidance.rescale))  # fmt: skip
+        more = {"rescale": guidance.rescale, "interval": guidance.interval}
+        denoise = (guided(own, null, guidance.scale, **more) if away is None else
+                   guided_away(own, partial(bundle.denoise, away), None if autoguidance else null, guidance.scale, **more))  # fmt: skip
         if steered is None:
             return bundle.decode(params, sample_chain(fold_in(keys, 1), denoise, cond, sampler, x_T)[0]), {}
         found = steering.networks(bundle, params, denoise, null, guidance, reward, reward_params, texts)
         x0, info = steered.draw(keys, found, {"cond": cond, "condition": condition, "null": null})
         return bundle.decode(params, x0), info
 
-    size = min(batch, n)
+    size, seconds = min(batch, n), 0.0
+    program: Any = chunk
     out: list[tuple[np.ndarray, Info]] = []
     for i in tqdm(range(0, n, size), desc="sample", unit="batch", disable=n <= size):
         rows = np.minimum(np.arange(i, i + size), n - 1)
         of_rows = jax.tree.map(lambda x, rows=rows: x[rows], condition)
-        drawn = chunk(params, away, reward.params if reward else None, keys[rows], tokens[rows], of_rows, x_T[rows])
-        out.append(jax.tree.map(np.asarray, drawn))
+        given = (params, away, reward.params if reward else None, keys[rows], tokens[rows], of_rows, x_T[rows])
+        began = time.perf_counter()
+        if meter is not None and not out:
+            program = chunk.lower(*given).compile()
+            meter |= {"temporary_bytes": program.memory_analysis().temp_size_in_bytes, "compile_seconds": time.perf_counter() - began}
+            began = time.perf_counter()
+        out.append(jax.tree.map(np.asarray, program(*given)))
+        seconds += time.perf_counter() - began
+    if meter is not None:
+        meter["seconds"] = seconds / (len(out) * size)
     array, info = jax.tree.map(lambda *x: np.concatenate(x)[:n], *out)
     return array, info
 
@@ -135,18 +148,21 @@ def split(method: Mapping[str, Any]) -> dict[str, Any]:
 def generate(*, model: str, weights_file: str, run: str | None, scale: float | None, prompts: str, out: str, seed: int,
              samples: int, noise: str | None, save_arrays: bool, settings: dict[str, Any], negative: str = "",
              options: dict[str, Any] | None = None, batch: int = BATCH, loras: Sequence[tuple[str, float]] = (),
-             negative_run: str = "", negative_merge: float = 0.0, method: Mapping[str, Any] | None = None,
-             reward: str = "") -> list[Path]:  # fmt: skip
+             negative_run: str = "", negative_merge: float = 0.0, autoguidance: bool = False,
+             method: Mapping[str, Any] | None = None, reward: str = "") -> list[Path]:  # fmt: skip
     """Writes 0000.png, ... and prompts.txt into `out`; returns the pictures' paths. See `sample --help`.
 
-    options: the model's, such as height, width and dtype. loras: (file, scale) of what is merged into the model. With a
-    method also info.json: the method, and what it tells of each picture, its reward first.
+    options: the model's, such as height, width and dtype. loras: (file, scale) of what is merged into the model. negative_run:
+    a workdir, or "base", the model without the change of run and loras. With a method also info.json: the method, and what it
+    tells of each picture, its reward first.
     """
     from PIL import Image
 
+    if autoguidance and not negative_run:
+        raise ValueError("--autoguidance needs a weaker network to lead away from: --negative_run=WORKDIR, or --negative_run=base")
     if run:
-        bundle, params, config = load_run(run, scale, options)
-        settings = {**dict(config.get("sampling", {})), **settings}
+        loaded = read_run(run, scale, options)
+        bundle, settings = loaded.bundle, {**dict(loaded.config.get("sampling", {})), **settings}
     else:
         bundle, _, read = build.described(ml_collections.ConfigDict({"model": model, "weights": weights_file, "seed": 0,
                                                                      "model_options": options or {}}))  # fmt: skip
@@ -159,11 +175,12 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
     judge = build.reward(ml_collections.ConfigDict({"reward": reward}))
     if method:
         steering.method(bundle=bundle, sampler=sampler, guidance=guidance, reward=judge, **split(method))
-    params = params if run else read()
+    base = loaded.base if run else read()
+    params = tuned(loaded) if run else base
     for path, share in loras:
         params = with_lora(params, path, share)
-    away = negative_network(negative_run, negative_merge, bundle, params, options) if negative_run else None
-    array, info = pictures(bundle, params, texts, keys, settings, x_T, negative, batch, away, method, judge)
+    away = negative_network(negative_run, negative_merge, bundle, params, base, options) if negative_run else None
+    array, info = pictures(bundle, params, texts, keys, settings, x_T, negative, batch, away, method, judge, autoguidance)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:04d}.png" for i in range(len(texts))]
@@ -177,11 +194,14 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
     return files
 
 
-def negative_network(run: str, share: float, bundle: ModelBundle, params: Tree, options: dict[str, Any] | None = None) -> Tree:
+def negative_network(run: str, share: float, bundle: ModelBundle, params: Tree, base: Tree,
+                     options: dict[str, Any] | None = None) -> Tree:  # fmt: skip
     """Parameters of the run that guidance leads away from: its change on top of (1 - share) base + share params.
 
-    Diffusion-NPO's mixture (arXiv 2505.11245): the nearer the two networks, the less a high guidance scale exaggerates.
+    run "base": no change, `base` itself for a share of 0. Diffusion-NPO's mixture (arXiv 2505.11245): the nearer the two networks, the less a high guidance scale exaggerates.
     """
+    if run == "base":
+        return jax.tree.map(lambda b, p: b + share * (p - b), base, params)
     other = read_run(run, None, options)
     if other.bundle.name != bundle.name:
         raise ValueError(f"--negative_run={run} is a run of {other.bundle.name}; the pictures are drawn by {bundle.name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from . import build
 from .generate import load_run, pictures
 
 
-def label(*, model: str, run: str | None, prompts: str, annotator: str | Sequence[str], out: str, seed: int, pairs: int,
+def label(*, model: str, run: str | None, prompts: str, annotator: Any, out: str, seed: int, pairs: int,
           settings: dict[str, Any], size: int = 0, swap: bool = False,
           options: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """Writes an .npz and returns its counts; the annotators see the pictures as stored.
@@ -30,18 +30,20 @@ def label(*, model: str, run: str | None, prompts: str, annotator: str | Sequenc
     Pairs: {"winner", "loser" uint8, "prompts", "preference", "annotator"}; a tie keeps its order and the preference 1/2. Of
     several annotators all answer all pairs: preference is their mean, "answers" [N, A] is each one's p(winner is better), and
     the agreement of every two is returned. size K: lists {"list" uint8 [N,K,H,W,C], "score" [N,K], "prompts", "annotator"}.
-    annotator: names of annotators or rewards, or "module:factory" of either. swap: each comparison is asked in both orders.
+    annotator: one or several of: the name of an annotator or a reward, "module:factory" of either, or {"name": either, **its
+    arguments}, also written as text. swap: each comparison is asked in both orders.
     options: temperature, soft, noise and tie of rewards as annotators.
     """
     if Path(out).suffix != ".npz":
         raise ValueError(f"--out must be an .npz file; got {out}")
-    names = [annotator] if isinstance(annotator, str) else list(annotator)
-    if len(set(names)) != len(names) or (size and len(names) > 1):
-        raise ValueError(f"annotators are told apart by name, and lists have one; got {', '.join(names)}")
     if size == 1 or size < 0:
         raise ValueError(f"a list is 2 pictures or more; got {size}")
-    people = [_annotator(name, options or {}) for name in names]
-    if options and all(reward is None for _, reward in people):
+    asked = [annotator] if isinstance(annotator, str | Mapping) else list(annotator)
+    people = [_annotator(spec, options or {}) for spec in asked]
+    names = [name for name, _, _ in people]
+    if len(set(names)) != len(names) or (size and len(names) > 1):
+        raise ValueError(f"annotators are told apart by name, and lists have one; got {', '.join(names)}")
+    if options and all(reward is None for _, _, reward in people):
         raise ValueError(f"{', '.join(names)} has its own law of answers; {', '.join(options)} are for rewards as annotators")
     if run:
         bundle, params, config = load_run(run)
@@ -58,14 +60,14 @@ def label(*, model: str, run: str | None, prompts: str, annotator: str | Sequenc
     file = Path(out).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
     views = shown.astype(np.float32) / 255
-    asked = [both_orders(compare) if swap else compare for compare, _ in people]
+    compares = [both_orders(compare) if swap else compare for _, compare, _ in people]
     if size:
-        reward = people[0][1]
+        reward = people[0][2]
         value = (scores(reward, views.swapaxes(0, 1).reshape(-1, *views.shape[2:]), np.repeat(texts, k).tolist()).reshape(pairs, k)
-                 if reward is not None else ranked(asked[0], rng, views.swapaxes(0, 1), texts))  # fmt: skip
+                 if reward is not None else ranked(compares[0], rng, views.swapaxes(0, 1), texts))  # fmt: skip
         np.savez_compressed(file, list=shown.swapaxes(0, 1), score=value, prompts=np.asarray(texts), annotator=np.full(pairs, names[0]))
         return {"lists": pairs, "size": k}
-    each = np.stack([np.asarray(compare(rng, views[0], views[1], texts), np.float64) for compare in asked], 1)
+    each = np.stack([np.asarray(compare(rng, views[0], views[1], texts), np.float64) for compare in compares], 1)
     p = each.mean(1)
     first = (p >= 0.5)[:, None, None, None]
     np.savez_compressed(file, winner=np.where(first, *shown), loser=np.where(first, *shown[::-1]), prompts=np.asarray(texts),
@@ -76,15 +78,19 @@ def label(*, model: str, run: str | None, prompts: str, annotator: str | Sequenc
     return made
 
 
-def _annotator(name: str, options: dict[str, Any]) -> tuple[Annotator, Reward | None]:
-    """(annotator, the reward behind it, if it is one) of a name, or of "module:factory"."""
+def _annotator(spec: Any, options: dict[str, Any]) -> tuple[str, Annotator, Reward | None]:
+    """(name, annotator, the reward behind it, if it is one) of one of `label`'s annotators; a reward with arguments has its own."""
+    spec = build.written(spec)
+    if not isinstance(spec, str) and "name" not in spec:
+        raise ValueError(f"an annotator with arguments needs a name beside them; got {', '.join(map(str, spec))}")
+    name, kwargs = (spec, {}) if isinstance(spec, str) else (spec["name"], {k: v for k, v in spec.items() if k != "name"})
     if name in ANNOTATORS:
-        return ANNOTATORS[name](), None
-    found = build.named(name, {**ANNOTATORS, **REWARDS}, "annotator")
-    made = None
-    if name not in REWARDS and not isinstance(found, Reward) and not inspect.signature(found).parameters:
-        made = found()
+        return name, build.call(ANNOTATORS[name], kwargs, f"annotator {name!r}"), None
+    found, made = build.named(name, {**ANNOTATORS, **REWARDS}, "annotator"), None
+    of_rewards = {"reward", "rewards"} & kwargs.keys()
+    if name not in REWARDS and not isinstance(found, Reward) and not of_rewards and (kwargs or not inspect.signature(found).parameters):
+        made = build.call(found, kwargs, f"annotator {name!r}")
         if not isinstance(made, Reward):
-            return made, None
-    reward = made or build.one_reward(name)
-    return build.call(by_reward, options, "option", reward=reward), reward
+            return name, made, None
+    reward = made or build.one_reward(spec)
+    return reward.name if kwargs else name, build.call(by_reward, options, "option", reward=reward), reward

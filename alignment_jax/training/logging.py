@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..evaluation.summary import plain
+
 
 class MetricLog:
     """Writes dictionaries of scalars to workdir/metrics.jsonl and TensorBoard; only process 0 writes.
 
-    A resumed run drops the lines at and after the step it resumes from, so that the file is that of one run.
+    What is not finite is written as null, for JSON knows neither NaN nor infinity, and `read` gives NaN back. A resumed run
+    drops the lines at and after the step it resumes from, so that the file is that of one run.
     """
 
     def __init__(self, workdir: str | Path, resume_step: int = 0):
@@ -28,7 +32,7 @@ class MetricLog:
         kept = [m for m in read(self.path) if m["step"] <= resume_step] if resume_step else []
         if kept:
             self.start -= kept[-1]["time"]
-        self.path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        self.path.write_text("".join(_line(m) for m in kept))
         self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step or None)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -37,7 +41,7 @@ class MetricLog:
             return
         values = {k: float(np.asarray(v)) for k, v in metrics.items()}
         with self.path.open("a") as f:
-            f.write(json.dumps({"step": step, "time": round(time.time() - self.start, 3), **values}) + "\n")
+            f.write(_line({"step": step, "time": round(time.time() - self.start, 3), **values}))
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -47,15 +51,20 @@ class MetricLog:
             self._writer.close()
 
 
+def _line(metrics: dict[str, Any]) -> str:
+    return json.dumps(plain(metrics), allow_nan=False) + "\n"
+
+
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a half-written last line is left out. An absent file is an empty list."""
+    """The lines of a metrics.jsonl, null as NaN; a half-written last line is left out. An absent file is an empty list."""
     path = Path(path)
     if not path.exists():
         return []
     rows = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows

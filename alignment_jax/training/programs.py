@@ -22,10 +22,11 @@ Tree = Any
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance of a run: see `diffusion.guided`."""
+    """Classifier-free guidance of a run: see `diffusion.guided`; interval in the network's own times, None for all of them."""
 
     scale: float = 1.0
     rescale: float = 0.0
+    interval: tuple[float, float] | None = None
 
 
 class Parts(NamedTuple):
@@ -39,6 +40,7 @@ class Parts(NamedTuple):
     guidance: Guidance = Guidance()
     ema_decay: float = 0.0
     trains_text: bool = False
+    redraw: Callable[..., Tree] | None = None
 
 
 class Programs(NamedTuple):
@@ -67,7 +69,7 @@ def bind(parts: Parts, learned: Tree, copies: Tree, frozen: Tree) -> Networks:
 
     def network(name: str, tree: Tree) -> Denoise:
         denoise = partial(lora.adapted(parts.bundle.denoise), parts.partition.combine(tree, frozen["params"]))
-        return guided(denoise, frozen["null"], scales[name], rescale=parts.guidance.rescale)
+        return guided(denoise, frozen["null"], scales[name], rescale=parts.guidance.rescale, interval=parts.guidance.interval)
 
     scales["unguided"] = 1.0
     networks: dict[str, Callable[..., Array]] = {"policy": network("policy", trained), "unguided": network("unguided", trained)}
@@ -75,7 +77,7 @@ def bind(parts: Parts, learned: Tree, copies: Tree, frozen: Tree) -> Networks:
     networks |= {name: partial(network.apply, own[name]) for name, network in parts.algorithm.needs.own.items()}
     if parts.algorithm.needs.reward == "gradient":
         networks["reward"] = partial(differentiable_reward, parts, frozen)
-    if parts.algorithm.needs.reward == "step":
+    if parts.algorithm.needs.reward in ("step", "state"):
         networks["reward"] = partial(step_value, parts, frozen)
     return networks
 
@@ -135,7 +137,10 @@ def build(parts: Parts) -> Programs:
         return bundle.decode(frozen["params"], x0)
 
     def rollout(state: TrainState, frozen: Tree, keys: Array, data: Tree) -> Tree:
-        return algorithm.rollout(keys, state.extra, bind(parts, learned(state), state.copies, frozen), data)
+        rolled = algorithm.rollout(keys, state.extra, bind(parts, learned(state), state.copies, frozen), data)
+        if parts.redraw is None:
+            return rolled
+        return parts.redraw(parts.partition.combine(state.trained, frozen["params"]), frozen, keys, data, rolled)
 
     def score(frozen: Tree, x0: Array, condition: Tree) -> Array:
         return value(parts, frozen, x0, condition)

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..diffusion import Denoise, Sampler, guided
+from ..models import lora
 from ..models.bundle import ModelBundle
 from ..rewards import columns
 from ..rewards.base import Reward
 from ..rewards.check import score_host, to_uint8
 from ..test_time import TEST_TIME, Method
-from .build import call, named
 from .count import counted
+from .names import call, named
 from .programs import Guidance
 
 Tree = Any
@@ -59,7 +60,7 @@ def networks(bundle: ModelBundle, params: Tree, policy: Denoise, null: Tree, gui
     own = partial(bundle.denoise, params)
 
     def guide(scale: float, null: Tree = null) -> Denoise:
-        return guided(own, null, scale, rescale=guidance.rescale)
+        return guided(own, null, scale, rescale=guidance.rescale, interval=guidance.interval)
 
     def score(keys: jax.Array, x0: jax.Array, condition: Tree, augment: bool = False) -> jax.Array:
         assert reward is not None
@@ -88,6 +89,24 @@ def condition(reward: Reward | None, texts: list[str]) -> Tree:
     if not reward.device:
         return {"row": np.arange(len(texts))}
     return reward.encode(texts) if reward.encode else {}
+
+
+def redrawn(made: Method, bundle: ModelBundle, guidance: Guidance, reward: Reward | None, params: Tree, frozen: Tree, keys: jax.Array,
+            data: Tree, rolled: Tree) -> Tree:  # fmt: skip
+    """The rollout with the method's samples for its own x0 [B, ...]; the plain chain, then unused, is compiled away.
+
+    Raises ValueError for a rollout that keeps more of its chain than the sample.
+    """
+    more = set(rolled) - set(data) - {"x0"}
+    if more or "x0" not in rolled:
+        raise ValueError("config.rollout replaces the samples of methods that learn from samples alone, such as raft, rwr, online and "
+                         f"diffusion_nft; this one keeps {', '.join(sorted(more)) or 'no samples'} of its own rollout")  # fmt: skip
+    tuned = bundle._replace(denoise=lora.adapted(bundle.denoise))
+    policy = guided(partial(tuned.denoise, params), frozen["null"], guidance.scale, rescale=guidance.rescale,
+                    interval=guidance.interval)  # fmt: skip
+    found = networks(tuned, params, policy, frozen["null"], guidance, reward, frozen["reward"])
+    x0, _ = made.draw(keys, found, {"cond": data["cond"], "condition": data["condition"], "null": frozen["null"]})
+    return {**rolled, "x0": x0}
 
 
 def _on_host(reward: Reward, texts: list[str], observation: Any, rows: Any) -> np.ndarray:

@@ -115,7 +115,8 @@ assert jax.device_count() == 8
 mesh = sharding.make_mesh()
 out = {{}}
 for name in {NAMES!r}:
-    out[name] = np.asarray(table.world(name, **table.SETTINGS[name])[0](sharding.shard(mesh, table.keys(16)))[0]).tolist()
+    spread = jax.random.wrap_key_data(sharding.shard(mesh, jax.random.key_data(table.keys(16))))
+    out[name] = np.asarray(table.world(name, **table.SETTINGS[name])[0](spread)[0]).tolist()
 print(json.dumps(out))
 """
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
