@@ -18,6 +18,7 @@ import pytest
 
 from alignment_jax.evaluation.statistics import unflatten
 from alignment_jax.training import count
+from alignment_jax.training.calls import network_calls
 from alignment_jax.training.logging import read
 from alignment_jax.training.loop import plain
 
@@ -48,7 +49,7 @@ def test_measure(name, tmp_path):
         "name": name, "method": summary["method"], "seed": summary["seed"], "config": plain(CONFIGS["get_config"](name)),
         "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].platform} device, jax {jax.__version__}",
         "wall_seconds": summary["wall_seconds"], "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": 1024 * used.ru_maxrss,
-        "calls_a_step": calls, "network_calls": count.network_calls(calls) * rows[-1]["step"],
+        "calls_a_step": calls, "network_calls": network_calls(calls) * rows[-1]["step"],
         "trained_parameters": summary["trained_parameters"], "kl": summary["kl"],
         "alarm": summary["alarm"], **{m: {k: summary[m][k] for k in ("gold", "proxy", "diversity")} for m in ("base", "aligned")},
         "over_time": [{"step": row["step"], "seconds": row["time"], "kl": row["kl/path"], **{k: over_time[k][i] for k in SERIES}}

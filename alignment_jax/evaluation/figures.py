@@ -180,7 +180,8 @@ def budget_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], base: Mappi
             ax.set_title(_titles(rate)[kind], loc="left", fontweight="bold")
             ax.set_xlabel("network calls a sample, a backward pass counted as two")
             ax.set_xscale("log")
-            ax.axhspan(base[kind]["low"], base[kind]["high"], color="0.5", alpha=0.18, lw=0)
+            if base[kind]["low"] is not None:  # of two samples that are not both right no diversity is known
+                ax.axhspan(base[kind]["low"], base[kind]["high"], color="0.5", alpha=0.18, lw=0)
             for i, name in enumerate(names):
                 rows = [r for r in sorted(curves[name], key=lambda r: r["calls"]) if r[kind]["mean"] is not None]
                 mean, low, high = (np.array([r[kind][end] for r in rows], float) for end in ("mean", "low", "high"))

@@ -10,7 +10,7 @@ from ..algorithms import ALGORITHMS
 from ..evaluation.metrics import METRICS
 from ..models import MODELS
 from ..rewards import REWARDS
-from ..test_time import TEST_TIME
+from ..test_time import PROMPT_METHODS, TEST_TIME
 
 Rows = list[dict[str, Any]]
 
@@ -22,7 +22,8 @@ def algorithms() -> Rows:
 
 def test_time() -> Rows:
     """Every test-time method, with what it asks of a reward and the setting that a budget of network calls goes into."""
-    return [_row(name, e.family, e.paper, e.summary) | {"reward": e.reward, "budget": e.budget} for name, e in TEST_TIME.items()]
+    return [_row(name, e.family, e.paper, e.summary) | {"reward": e.reward, "budget": e.budget}
+            for name, e in (TEST_TIME | PROMPT_METHODS).items()]  # fmt: skip
 
 
 def rewards() -> Rows:

@@ -19,8 +19,8 @@ from ..rewards import JUDGES
 from ..rewards.judge import by_reward
 from ..test_time import TEST_TIME
 from . import build, steering
+from .calls import network_calls
 from .checkpoint import save_json
-from .count import network_calls
 from .generate import load_run, pictures, split
 
 ROWS = 128  # of the network at once: what a batch of prompts with all their particles comes to

@@ -9,36 +9,7 @@ from typing import Any
 import jax
 
 from . import loop
-
-Tree = Any
-
-
-def counted(function: Callable[..., Tree], counter: Counter[str], name: str) -> Callable[..., Tree]:
-    """function(params, x [B, ...], ...) that adds B to counter[name] at every run, and to counter[name + " backward"] in gradients."""
-
-    def add(name: str, n: int) -> None:
-        def now() -> None:
-            counter[name] += n
-
-        jax.debug.callback(now)
-
-    @jax.custom_vjp
-    def call(*args: Any) -> Tree:
-        add(name, len(args[1]))
-        return function(*args)
-
-    def forward(*args: Any) -> Any:
-        add(name, len(args[1]))
-        out, pull = jax.vjp(function, *args)
-        return out, (pull, args)
-
-    def backward(saved: Any, cotangent: Tree) -> Any:
-        pull, args = saved
-        add(f"{name} backward", len(args[1]))
-        return pull(cotangent)
-
-    call.defvjp(forward, backward)
-    return call
+from .calls import counted
 
 
 def one_step(config: Any) -> dict[str, int]:
@@ -67,10 +38,3 @@ def _host(score: Callable[..., Any], counter: Counter[str]) -> Callable[..., Any
         return score(images, *more)
 
     return call
-
-
-def network_calls(counts: dict[str, int]) -> int:
-    """Network calls of a step, a backward pass counted as two."""
-    return counts.get("network", 0) + 2 * counts.get("network backward", 0)
-
-

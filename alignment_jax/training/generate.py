@@ -16,14 +16,18 @@ import numpy as np
 
 from .. import weights
 from ..data import prompts as prompt_files
-from ..diffusion import fold_in, guided, guided_away, initial
+from ..diffusion import Denoise, fold_in, guided, guided_away, initial
 from ..diffusion import sample as sample_chain
+from ..evaluation.attention import overlays
 from ..models import lora
 from ..models.bundle import ModelBundle
+from ..models.subjects import words
 from ..rewards.base import Reward
 from ..rewards.check import to_uint8
+from ..test_time import PROMPT_METHODS
 from ..weights.lora_files import read_lora
-from . import build, steering
+from . import build, prompt_search, steering
+from .programs import Guidance
 from .state import Partition, full_partition, lora_partition
 
 Tree = Any
@@ -87,12 +91,14 @@ def partition_of(config: Any) -> Partition:
 def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Array, settings: dict[str, Any],
              x_T: jax.Array | None = None, negative: str = "", batch: int = BATCH, away: Tree = None,
              method: Mapping[str, Any] | None = None, reward: Reward | None = None,
-             autoguidance: bool = False, meter: dict[str, float] | None = None) -> tuple[np.ndarray, Info]:  # fmt: skip
+             autoguidance: bool = False, meter: dict[str, float] | None = None,
+             attention: bool = False) -> tuple[np.ndarray, Info]:  # fmt: skip
     """(samples of the prompts, decoded, [N,H,W,C] in [0, 1], what the method tells of each {name: [N]}).
 
     settings override the model's own for sampling. away: parameters of the network that guidance leads away from, in place
     of the model itself (`diffusion.guided_away`); autoguidance: it sees the prompt, not the negative one. method: {"name": of a
     test-time method, **its settings}. meter: gets "seconds" a picture, "compile_seconds" and "temporary_bytes" of a batch.
+    attention: also "maps" [N,h,w,L], see `steering.seen`.
     """
     from tqdm import tqdm
 
@@ -100,24 +106,23 @@ def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Arra
     steered = steering.method(bundle=bundle, sampler=sampler, guidance=guidance, reward=reward, **split(method)) if method else None
     if steered and x_T is not None:
         raise ValueError("--noise fixes the start of the plain chain, and a test-time method draws its own; leave one out")
-    if away is not None and guidance.scale == 1.0:
-        raise ValueError("a negative network acts through guidance, and guidance_scale=1 has none; set --guidance_scale above 1")
     tokens, null_tokens, n = bundle.tokenize(texts), bundle.tokenize([negative]), len(texts)
-    condition = steering.condition(reward, texts)
+    data = {"condition": steering.condition(reward, texts), **steering.subjects(steered, method, bundle, texts)}
     x_T = initial(fold_in(keys, 0), sampler, (n, *bundle.sample_shape)) if x_T is None else sampler.initial_scale * x_T
 
     @jax.jit
-    def chunk(params: Tree, away: Tree, reward_params: Tree, keys: jax.Array, tokens: jax.Array, condition: Tree, x_T: jax.Array) -> Any:
+    def chunk(params: Tree, away: Tree, reward_params: Tree, keys: jax.Array, tokens: jax.Array, data: Tree, x_T: jax.Array) -> Any:
         cond = bundle.encode_text(params, tokens)
-        null = bundle.encode_text(params if away is None else away, jnp.asarray(null_tokens))
-        own = partial(bundle.denoise, params)
-        more = {"rescale": guidance.rescale, "interval": guidance.interval}
-        denoise = (guided(own, null, guidance.scale, **more) if away is None else
-                   guided_away(own, partial(bundle.denoise, away), None if autoguidance else null, guidance.scale, **more))  # fmt: skip
+        denoise, null = led(bundle, params, away, null_tokens, guidance, autoguidance)
+        x0: jax.Array
+        info: dict[str, jax.Array]
         if steered is None:
-            return bundle.decode(params, sample_chain(fold_in(keys, 1), denoise, cond, sampler, x_T)[0]), {}
-        found = steering.networks(bundle, params, denoise, null, guidance, reward, reward_params, texts)
-        x0, info = steered.draw(keys, found, {"cond": cond, "condition": condition, "null": null})
+            x0, info = sample_chain(fold_in(keys, 1), denoise, cond, sampler, x_T)[0], {}
+        else:
+            found = steering.networks(bundle, params, denoise, null, guidance, reward, reward_params, texts)
+            x0, info = steered.draw(keys, found, {"cond": cond, "null": null, **data})
+        if attention:
+            info = {**info, "maps": steering.seen(bundle, params, keys, sampler, x0, cond)}
         return bundle.decode(params, x0), info
 
     size, seconds = min(batch, n), 0.0
@@ -125,7 +130,7 @@ def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Arra
     out: list[tuple[np.ndarray, Info]] = []
     for i in tqdm(range(0, n, size), desc="sample", unit="batch", disable=n <= size):
         rows = np.minimum(np.arange(i, i + size), n - 1)
-        of_rows = jax.tree.map(lambda x, rows=rows: x[rows], condition)
+        of_rows = jax.tree.map(lambda x, rows=rows: x[rows], data)
         given = (params, away, reward.params if reward else None, keys[rows], tokens[rows], of_rows, x_T[rows])
         began = time.perf_counter()
         if meter is not None and not out:
@@ -140,6 +145,19 @@ def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Arra
     return array, info
 
 
+def led(bundle: ModelBundle, params: Tree, away: Tree, null_tokens: np.ndarray, guidance: Guidance,
+        autoguidance: bool) -> tuple[Denoise, Tree]:  # fmt: skip
+    """(the guided denoiser, the condition of the empty or negative prompt); away and autoguidance as in `pictures`."""
+    null = bundle.encode_text(params if away is None else away, jnp.asarray(null_tokens))
+    own = partial(bundle.denoise, params)
+    more: dict[str, Any] = {"rescale": guidance.rescale, "interval": guidance.interval}
+    if away is not None and guidance.scale == 1.0:
+        raise ValueError("a negative network acts through guidance, and guidance_scale=1 has none; set --guidance_scale above 1")
+    if away is None:
+        return guided(own, null, guidance.scale, **more), null
+    return guided_away(own, partial(bundle.denoise, away), None if autoguidance else null, guidance.scale, **more), null
+
+
 def split(method: Mapping[str, Any]) -> dict[str, Any]:
     """{"name", **settings} as {"name", "settings"}."""
     return {"name": method["name"], "settings": {k: v for k, v in method.items() if k != "name"}}
@@ -149,12 +167,13 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
              samples: int, noise: str | None, save_arrays: bool, settings: dict[str, Any], negative: str = "",
              options: dict[str, Any] | None = None, batch: int = BATCH, loras: Sequence[tuple[str, float]] = (),
              negative_run: str = "", negative_merge: float = 0.0, autoguidance: bool = False,
-             method: Mapping[str, Any] | None = None, reward: str = "") -> list[Path]:  # fmt: skip
+             method: Mapping[str, Any] | None = None, reward: str = "", attention: bool = False) -> list[Path]:  # fmt: skip
     """Writes 0000.png, ... and prompts.txt into `out`; returns the pictures' paths. See `sample --help`.
 
     options: the model's, such as height, width and dtype. loras: (file, scale) of what is merged into the model. negative_run:
     a workdir, or "base", the model without the change of run and loras. With a method also info.json: the method, and what it
-    tells of each picture, its reward first.
+    tells of each picture, its reward first. A search over prompts (`prompt_search.run`) writes history.json too.
+    attention: also 0000_attention.png, where each word of the prompt is looked at.
     """
     from PIL import Image
 
@@ -173,20 +192,37 @@ def generate(*, model: str, weights_file: str, run: str | None, scale: float | N
     # what is wrong is said before weights are read
     sampler, guidance = build.sampler(ml_collections.ConfigDict({"sampling": settings}), bundle)
     judge = build.reward(ml_collections.ConfigDict({"reward": reward}))
-    if method:
-        steering.method(bundle=bundle, sampler=sampler, guidance=guidance, reward=judge, **split(method))
+    plan = prompt_search.planned(method, bundle, judge, texts, x_T) if method and method["name"] in PROMPT_METHODS else None
+    if method and not plan:
+        steered = steering.method(bundle=bundle, sampler=sampler, guidance=guidance, reward=judge, **split(method))
+        steering.subjects(steered, method, bundle, texts)
+    if attention and plan:
+        raise ValueError(f"--save_attention is not there for {plan.method['name']}; draw the prompt that it finds without the method")
+    if attention and bundle.attention is None:
+        raise ValueError(f"--save_attention draws cross-attention maps, and model {bundle.name} gives none")
     base = loaded.base if run else read()
     params = tuned(loaded) if run else base
     for path, share in loras:
         params = with_lora(params, path, share)
     away = negative_network(negative_run, negative_merge, bundle, params, base, options) if negative_run else None
-    array, info = pictures(bundle, params, texts, keys, settings, x_T, negative, batch, away, method, judge, autoguidance)
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    if plan:
+        null_tokens = bundle.tokenize([negative])
+        lead = lambda params, away: led(bundle, params, away, null_tokens, guidance, autoguidance)[0]
+        paint = prompt_search.painter(bundle, params, away, lead, sampler, batch)
+        array, info = prompt_search.run(plan, paint, texts, keys, seed, folder)
+    else:
+        array, info = pictures(bundle, params, texts, keys, settings, x_T, negative, batch, away, method, judge, autoguidance,
+                               attention=attention)  # fmt: skip
     files = [folder / f"{i:04d}.png" for i in range(len(texts))]
     for file, picture in zip(files, to_uint8(jnp.asarray(array)), strict=True):
         Image.fromarray(picture).save(file)
     (folder / "prompts.txt").write_text("\n".join(texts) + "\n")
+    if attention:
+        for file, picture, maps, text in zip(files, array, info.pop("maps"), texts, strict=True):
+            of_words = [(word, maps[..., first:end].sum(-1)) for word, first, end in words(bundle.tokenize, text)]
+            file.with_name(f"{file.stem}_attention.png").write_bytes(overlays(picture, of_words))
     if method:
         (folder / "info.json").write_text(json.dumps({"method": dict(method), **{k: v.tolist() for k, v in info.items()}}, indent=1) + "\n")
     if save_arrays:
@@ -198,7 +234,8 @@ def negative_network(run: str, share: float, bundle: ModelBundle, params: Tree, 
                      options: dict[str, Any] | None = None) -> Tree:  # fmt: skip
     """Parameters of the run that guidance leads away from: its change on top of (1 - share) base + share params.
 
-    run "base": no change, `base` itself for a share of 0. Diffusion-NPO's mixture (arXiv 2505.11245): the nearer the two networks, the less a high guidance scale exaggerates.
+    run "base": no change, and so `base` itself for a share of 0. Diffusion-NPO's mixture (arXiv 2505.11245): the nearer the two
+    networks, the less a high guidance scale exaggerates.
     """
     if run == "base":
         return jax.tree.map(lambda b, p: b + share * (p - b), base, params)

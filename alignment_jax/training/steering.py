@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Denoise, Sampler, guided
+from ..diffusion import Denoise, Sampler, fold_in, guided
+from ..diffusion.sample import normal
 from ..models import lora
 from ..models.bundle import ModelBundle
+from ..models.subjects import subjects as number_subjects
 from ..rewards import columns
 from ..rewards.base import Reward
 from ..rewards.check import score_host, to_uint8
 from ..test_time import TEST_TIME, Method
-from .count import counted
+from .calls import counted
 from .names import call, named
 from .programs import Guidance
 
@@ -28,10 +30,10 @@ Tree = Any
 def method(name: str, settings: Mapping[str, Any], bundle: ModelBundle, sampler: Sampler, guidance: Guidance,
            reward: Reward | None) -> Method:  # fmt: skip
     """The method by name or "module:factory". Raises ValueError for whatever does not fit the sampler or the reward."""
-    entry = named(name, TEST_TIME, "method")
-    factory = entry.factory if hasattr(entry, "factory") else entry
-    made: Method = call(factory, settings, f"method {name!r}", sampler=sampler, shape=bundle.sample_shape, guidance=guidance.scale)
+    made = _made(name, settings, sampler, bundle.sample_shape, guidance)
     needs = made.needs
+    if "subjects" in settings and not needs.attention:
+        raise ValueError(f"method {name} reads no attention maps, so subjects={settings['subjects']!r} would change nothing; leave it out")
     if needs.reward and reward is None:
         raise ValueError(f"method {name} needs a reward; set --reward (see: list rewards)")
     if needs.reward and reward is not None:
@@ -52,6 +54,36 @@ def method(name: str, settings: Mapping[str, Any], bundle: ModelBundle, sampler:
     if needs.attention and bundle.attention is None:
         raise ValueError(f"method {name} reads cross-attention maps, and model {bundle.name} gives none")
     return made
+
+
+def _made(name: str, settings: Mapping[str, Any], sampler: Sampler, shape: tuple[int, ...], guidance: Guidance) -> Method:
+    """The method from its factory, which knows nothing of words: the setting "subjects" is for `subjects`."""
+    entry = named(name, TEST_TIME, "method")
+    factory = entry.factory if hasattr(entry, "factory") else entry
+    own = {k: v for k, v in settings.items() if k != "subjects"}
+    made: Method = call(factory, own, f"method {name!r}", sampler=sampler, shape=shape, guidance=guidance.scale)
+    return made
+
+
+def subjects(made: Method | None, settings: Mapping[str, Any] | None, bundle: ModelBundle, texts: list[str]) -> dict[str, np.ndarray]:
+    """{"subjects": int32 [B, L]} for a method that reads attention maps, else {}; see `models.subjects`."""
+    if made is None or not made.needs.attention:
+        return {}
+    return {"subjects": number_subjects(bundle.tokenize, texts, (settings or {}).get("subjects"))}
+
+
+def seen(bundle: ModelBundle, params: Tree, keys: jax.Array, sampler: Sampler, x0: jax.Array, cond: Tree) -> jax.Array:
+    """What the network looks at in samples x0 [B, ...]: maps [B,h,w,L], the mean over x0 noised to each of the chain's times."""
+    assert bundle.attention is not None
+    noise, times = normal(fold_in(keys, 1 << 25), x0.shape), sampler.grid
+
+    def add(total: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        t, alpha, sigma = now
+        return total + look(params, alpha * x0 + sigma * noise, jnp.broadcast_to(t, len(x0)), cond) / sampler.num_steps, None
+
+    look = bundle.attention
+    like = jax.eval_shape(look, params, x0, jnp.zeros(len(x0)), cond)
+    return jax.lax.scan(add, jnp.zeros(like.shape), tuple(jnp.asarray(a)[: sampler.num_steps] for a in times))[0]
 
 
 def networks(bundle: ModelBundle, params: Tree, policy: Denoise, null: Tree, guidance: Guidance, reward: Reward | None,
@@ -117,10 +149,8 @@ def _on_host(reward: Reward, texts: list[str], observation: Any, rows: Any) -> n
 def cost(name: str, settings: Mapping[str, Any], sampler: Sampler, guidance_scale: float = 1.0) -> dict[str, int]:
     """What one sample of a method costs: "network", "decode", "reward", and their backward; counted on networks of one number."""
     counter: Counter[str] = Counter()
-    entry = named(name, TEST_TIME, "method")
-    factory = entry.factory if hasattr(entry, "factory") else entry
     shape, guidance, own = (4, 4, 1), Guidance(guidance_scale), jnp.float32(0.5)
-    made: Method = call(factory, settings, f"method {name!r}", sampler=sampler, shape=shape, guidance=guidance.scale)
+    made = _made(name, settings, sampler, shape, guidance)
 
     def denoise(w: Any, x: Any, t: Any, cond: Any) -> Any:
         return w * x + 0.0 * cond["c"].sum((1, 2))[:, None, None, None]

@@ -4,6 +4,7 @@ import ml_collections
 import pytest
 
 from alignment_jax.training import count
+from alignment_jax.training.calls import network_calls
 
 
 @pytest.mark.parametrize("micro", [4, 3])
@@ -17,4 +18,4 @@ def test_a_ddpo_step_costs_a_rollout_an_anchor_and_a_gradient_of_every_noisy_ste
     padded = lambda n: -(-n // micro) * micro  # noqa: E731
     counts = count.one_step(config)
     assert counts == {"network": 3 * padded(4) + 2 * padded(8), "network backward": padded(8), "reward": 4, "decode": padded(4)}
-    assert count.network_calls(counts) == counts["network"] + 2 * padded(8)
+    assert network_calls(counts) == counts["network"] + 2 * padded(8)
