@@ -133,13 +133,14 @@ def _sample_flags() -> None:
     flags.DEFINE_integer("num_steps", None, "Network calls a picture.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance.")
     flags.DEFINE_float("guidance_rescale", None, "The share of guidance's gain in contrast that is taken back, 0 to 1.")
-    flags.DEFINE_list("guidance_interval", None, "LOW,HIGH: guidance between these noise levels only, such as 0.2,0.8; 0 is clean, 1 noise.")
+    flags.DEFINE_list("guidance_interval", None, "LOW,HIGH: guidance between these noise levels alone, 0 clean, 1 noise; such as 0.2,0.8.")
     flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1.")
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_integer("samples", 1, "Pictures a prompt.", lower_bound=1)
     flags.DEFINE_integer("batch", None, "Prompts at once: 64, or 8 with a method, whose particles come on top.", lower_bound=1)
     flags.DEFINE_string("noise", None, "An .npy of the initial noise, unit variance, [N,h,w,c] or diffusers' latents [N,c,h,w].")
     flags.DEFINE_bool("save_arrays", False, "Also write images.npy, float32 in [0, 1], [N,H,W,C].")
+    flags.DEFINE_bool("save_attention", False, "Also write 0000_attention.png, ...: where each word of the prompt is looked at.")
     flags.mark_flags_as_required(["prompts", "out"])
 
 
@@ -155,7 +156,7 @@ def sample(rest: Sequence[str]) -> None:
         raise ValueError(f"{len(files)} --lora and {len(scales)} --lora_scale; give a scale for each file, or none")
     written = generate(model=FLAGS.model, weights_file=FLAGS.weights, run=FLAGS.run, scale=FLAGS.scale, prompts=FLAGS.prompts,
                        out=FLAGS.out, seed=FLAGS.seed, samples=FLAGS.samples, noise=FLAGS.noise,
-                       save_arrays=FLAGS.save_arrays, settings=settings, negative=FLAGS.negative_prompt,
+                       save_arrays=FLAGS.save_arrays, attention=FLAGS.save_attention, settings=settings, negative=FLAGS.negative_prompt,
                        batch=FLAGS.batch or (8 if FLAGS.method else 64), method=_method(), reward=FLAGS.reward,
                        options=_given("height", "width", "dtype", "variant"), loras=list(zip(files, scales)),
                        negative_run=FLAGS.negative_run, negative_merge=FLAGS.negative_merge,

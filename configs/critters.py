@@ -67,13 +67,12 @@ CHANGES = {
             "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 3e-4},
     "rwr": {"method": {"name": "rwr", "lam": 2.0, "per_prompt": True, "draws": 4, "refresh": 20}, **budget(28),
             "batch": {"prompts": 16, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
-    "d3po": {"method": {"name": "d3po", "pairs": "all"}, "sampling.eta": 1.0, **budget(30), "optimizer.learning_rate": 3e-4,
-             "batch": {"prompts": 8, "group": 4, "microbatch": 64}},
+    "d3po": {"method": {"name": "d3po", "pairs": "all"}, "sampling.eta": 1.0, **budget(30), "batch": {"prompts": 8, "group": 4, "microbatch": 64}},
     "spo": {"method": {"name": "spo", "k": 4, "temperature": 0.1, "threshold": 0.1}, "sampling.eta": 1.0, **budget(106),
-            "optimizer.learning_rate": 3e-4, "batch": {"prompts": 16, "group": 1, "microbatch": 64}},
+            "batch": {"prompts": 16, "group": 1, "microbatch": 64}},
     # a pair loss on the policy's own samples, the proxy for an annotator
     "online_dpo": {"method": {"name": "online", "loss": {"name": "diffusion_dpo", "beta": 2000.0}, "temperature": 0.1}, **budget(87),
-                   "batch": {"prompts": 16, "group": 4, "microbatch": 64}, "optimizer.learning_rate": 1e-4,
+                   "batch": {"prompts": 16, "group": 4, "microbatch": 64}, "optimizer.learning_rate": 3e-4,
                    "sampling.guidance_scale": 2.0},
     # two rewards, of which the worse one is climbed: the fragile one alone would be hacked
     "maxmin": {"method": {"name": "draft", "k": 4, "anchor_weight": 2.0}, **budget(112), "aggregate": {"how": "maxmin", "step": 0.05},

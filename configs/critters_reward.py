@@ -30,14 +30,16 @@ def get_config(which: str = "picture") -> ConfigDict:
     c.seed = 0
     c.steps = 250 if which == "noisy" else 200
     c.batch = 64  # pairs
-    c.learning_rate = 1e-3
+    c.learning_rate = 3e-3 if which == "noisy" else 1e-3
     c.checkpoint_every = 100
     c.pairs = "data_cache/critters_pairs.npz"  # an .npz of `label`, or whatever data.pairs of a run may be
     c.data_dir = "data_cache"
     c.held_out = 0.15  # of the prompts
     c.reads = "noisy" if which == "noisy" else "picture"
     c.trunk = "proxy"  # or "none": a picture network from nothing
-    c.trunk_rate = 0.1  # of the learning rate, for the network under the head; 0: it stays as it is
+    # a reward of pictures whose odds are learned instead of the answers; "": the answers
+    c.teacher = "{'name': 'trained', 'folder': 'runs/reward'}" if which == "noisy" else ""
+    c.trunk_rate = 0.0 if which == "noisy" else 0.1  # of the learning rate, for the network under the head; 0: it stays as it is
     c.model = "critters"  # of a noisy reward: whose states, a name or a folder as diffusers writes it
     c.layers = "^(down|mid)"  # and which of its layers are read
     c.width = 128

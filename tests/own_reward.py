@@ -13,3 +13,17 @@ def warmth():
     from alignment_jax.rewards.base import Reward
 
     return Reward("warmth", lambda params, images, condition: (images[..., 0] - images[..., 2]).mean((1, 2)), range=(-1.0, 1.0))
+
+
+def dark():
+    """How dark a picture is, on the device."""
+    from alignment_jax.rewards.base import Reward
+
+    return Reward("dark", lambda params, images, condition: -images.mean((1, 2, 3)), range=(-1.0, 0.0))
+
+
+def latent_level():
+    """The mean of a noisy state: a reward that needs no picture."""
+    from alignment_jax.rewards.base import Reward
+
+    return Reward("latent_level", lambda params, x, condition: x.mean((1, 2, 3)), noisy=True)

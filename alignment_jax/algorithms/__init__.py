@@ -71,7 +71,7 @@ ALGORITHMS = {
     "rank_dpo": Entry(rank_dpo, "list", "arXiv 2410.18013", "ranked lists of pictures, weighed by discounted gain"),
     "d3po": Entry(d3po, "pair", "arXiv 2311.13231", "DPO on every step of two trajectories of a prompt", "value"),
     "spo": Entry(spo, "pair", "arXiv 2406.04314", "DPO on candidates of one step, judged there by their clean predictions", "step"),
-    "lpo": Entry(lpo, "pair", "arXiv 2502.01051", "the same with a latent scorer: no decoder in the loop", "step"),
+    "lpo": Entry(lpo, "pair", "arXiv 2502.01051", "the same with a latent scorer: no decoder in the loop", "state"),
     "online": Entry(online, "pair", "arXiv 2402.04792", "any pair loss on pairs of the policy's own samples; iterated in rounds", "value"),
     "semi_online": Entry(semi_online, "pair", "arXiv 2412.05095", "any pair loss, the winner from the data and the loser drawn"),
     "refl": Entry(refl, "two-phase", "arXiv 2304.05977", "reward gradient at the clean prediction of a late step", "gradient"),

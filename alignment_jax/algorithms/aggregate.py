@@ -119,7 +119,7 @@ def aggregated(algorithm: Algorithm, sampler: Sampler, shape: tuple[int, ...], *
             return out
         x = initial(fold_in(keys, 7000), sampler, (len(keys), *shape))
         x0 = sample(fold_in(keys, 7001), networks["policy"], data["cond"], sampler, x)[0]
-        if algorithm.needs.reward == "step":
+        if algorithm.needs.reward in ("step", "state"):
             end = jnp.broadcast_to(jnp.asarray(sampler.grid.t)[-1], keys.shape)
             return {**out, "rewards": networks["reward"](x0, x0, end, data["cond"], data["condition"])}
         return {**out, "rewards": networks["reward"](fold_in(keys, 7002), x0, data["condition"])}

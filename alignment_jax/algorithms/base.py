@@ -34,7 +34,7 @@ class Needs(NamedTuple):
       "list" [B, K, ...] and "score" [B, K] or [B, K, M]).
     reward: None; "value": scores [B] of the rollout; "gradient": networks["reward"](keys, x0, condition) -> [B], to be
       differentiated; "step": networks["reward"](x, x0, t, cond, condition) -> [B], the value of a state inside the rollout,
-      for rewards on the device.
+      for rewards on the device; "state": the same for rewards that score the state x itself (`noisy`), no clean prediction.
     copies: other networks by name and how each follows the policy: "frozen", ("ema", decay), ("every", steps).
       Always there: "policy", with the sampler's guidance, and "unguided", the policy without it.
     guidance: guidance scales by network name where they are not the sampler's.

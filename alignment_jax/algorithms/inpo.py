@@ -5,53 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Denoise, Sampler, expand, fold_in, normal, predict
+from ..diffusion import Sampler, fold_in, invert, predict
 from .base import Algorithm, Info, Needs, Networks, Tree
 from .dpo import PLAIN, SIDES, pairwise
 from .losses import noised
 
 Array = jax.Array
-
-
-def invert(denoise: Denoise, x0: Array, t: Array, cond: Tree, sampler: Sampler, *, steps: int = 10, renoise: int = 0,
-           eta: float = 0.0, keys: Array | None = None) -> Array:  # fmt: skip
-    """x_t [B, ...] at the times t [B]: DDIM's steps walked backwards from the clean x0 [B, ...], `steps` network calls.
-
-    x' = (alpha' / alpha)(x - sigma eps) + sigma' eps with eps of the network at (x, t'), on a grid of times common to all;
-    a sample whose t lies inside a step ends it at t and stays there, so one scan serves every t. renoise: as often, eps is
-    the mean of it and of the predictions at the x' found so far (ReNoise, arXiv 2403.14602), at as many more calls.
-    eta: the share of each step's noise that is drawn anew, sqrt(1 - eta^2) eps + eta z, from keys [B].
-    """
-    schedule, shape = sampler.schedule, x0.shape
-    if eta and keys is None:
-        raise ValueError(f"noise that is drawn anew, eta={eta}, needs keys [B]")
-    grid = jnp.linspace(schedule.t_min, schedule.t_max, steps + 1)[1:]
-    grid = jnp.round(grid) if schedule.discrete else grid
-
-    def step(carry: tuple[Array, Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array, Array], None]:
-        x, alpha, sigma, open_ = carry
-        i, until = inputs
-        to = jnp.minimum(until, t)
-        alpha_, sigma_ = schedule.alpha(to), schedule.sigma(to)
-        z = normal(fold_in(keys, i), shape) if eta and keys is not None else 0.0
-
-        def moved(eps: Array) -> Array:
-            clean = (x - expand(sigma, x) * eps) / expand(alpha, x)
-            return expand(alpha_, x) * clean + expand(sigma_, x) * (jnp.sqrt(1 - eta**2) * eps + eta * z)
-
-        found = predict(sampler.prediction, denoise(x, to, cond), x, alpha_, sigma_)[1]
-        eps = found
-        for n in range(renoise):
-            guess = moved(eps)
-            found = found + predict(sampler.prediction, denoise(guess, to, cond), guess, alpha_, sigma_)[1]
-            eps = found / (n + 2)
-        live = expand(open_, x)
-        return (jnp.where(live, moved(eps), x), jnp.where(open_, alpha_, alpha), jnp.where(open_, sigma_, sigma),
-                open_ & (until < t)), None  # fmt: skip
-
-    one = jnp.ones_like(t, jnp.float32)
-    start = (jnp.asarray(x0, jnp.float32), one, 0 * one, one > 0)
-    return jax.lax.scan(step, start, (jnp.arange(steps), grid))[0][0]
 
 
 def inpo(sampler: Sampler, *, beta: float = 5000.0, steps: int = 10, eta: float = 0.1, renoise: int = 0, gamma: float | None = None,

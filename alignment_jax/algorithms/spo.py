@@ -92,5 +92,6 @@ def lpo(sampler: Sampler, shape: tuple[int, ...], *, k: int = 4, beta: float = 5
 
     With clip_range .1 the logit reaches beta 0.2 = 100: a hinge, whose gradient vanishes for pairs that are won.
     """
-    return spo(sampler, shape, k=k, beta=beta, clip_range=clip_range, reduce=reduce, threshold=threshold, temperature=temperature,
+    made = spo(sampler, shape, k=k, beta=beta, clip_range=clip_range, reduce=reduce, threshold=threshold, temperature=temperature,
                start=start)  # fmt: skip
+    return made._replace(needs=made.needs._replace(reward="state"))

@@ -72,11 +72,14 @@ def prompt_source(prompts: Sequence[str], tokenize: Callable[[Sequence[str]], np
 
 def label_source(images: np.ndarray, captions: Sequence[str], tokenize: Callable[[Sequence[str]], np.ndarray], *,
                  batch: int, seed: int, drop: float = 0.0, shard: tuple[int, int] = (0, 1),
-                 desirable: np.ndarray | None = None) -> Source:  # fmt: skip
+                 desirable: np.ndarray | None = None, encode: Callable[[Sequence[str]], Any] | None = None) -> Source:  # fmt: skip
     """Batches of pictures uint8 [B,H,W,C] with their captions, and desirable [B] where it is given; a share `drop` of the
-    captions is made empty."""
+    captions is made empty.
+
+    encode: a reward's, for methods that score what the policy draws for a caption; the reward reads it dropped or not.
+    """
     return _array_source({"images": images} | ({} if desirable is None else {"desirable": desirable}), captions, tokenize,
-                         batch=batch, seed=seed, drop=drop, shard=shard)  # fmt: skip
+                         batch=batch, seed=seed, drop=drop, shard=shard, encode=encode)  # fmt: skip
 
 
 def list_source(lists: dict[str, Any], tokenize: Callable[[Sequence[str]], np.ndarray], *, batch: int, seed: int,
@@ -88,15 +91,21 @@ def list_source(lists: dict[str, Any], tokenize: Callable[[Sequence[str]], np.nd
 
 
 def _array_source(arrays: dict[str, np.ndarray], texts: Sequence[str], tokenize: Callable[[Sequence[str]], np.ndarray], *,
-                  batch: int, seed: int, drop: float, shard: tuple[int, int]) -> Source:  # fmt: skip
+                  batch: int, seed: int, drop: float, shard: tuple[int, int],
+                  encode: Callable[[Sequence[str]], Any] | None = None) -> Source:  # fmt: skip
     tokens, null = tokenize(texts), tokenize([""])[0]
 
     def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        dropped = rng.random(len(indices)) < drop
-        return {**{k: v[indices] for k, v in arrays.items()}, "tokens": _emptied(tokens[indices], dropped, null),
-                "prompt_id": indices.astype(np.int32)}  # fmt: skip
+        dropped, names = rng.random(len(indices)) < drop, [texts[i] for i in indices]
+        batch = {**{k: v[indices] for k, v in arrays.items()}, "prompts": names, "prompt_id": indices.astype(np.int32),
+                 "tokens": _emptied(tokens[indices], dropped, null)}  # fmt: skip
+        return batch | ({"condition": encode(names)} if encode else {})
 
-    return Source(len(texts), batch, seed, make, shard)
+    if encode:
+        encode(texts)  # a caption that the reward cannot read is said now, not in the middle of a run
+    source = Source(len(texts), batch, seed, make, shard)
+    source.prompts = texts
+    return source
 
 
 def pair_reader(pairs: Any, size: tuple[int, int]) -> Callable[[np.ndarray], Batch]:

@@ -8,52 +8,74 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .schedule import expand
+
 Array = jax.Array
 Denoise = Callable[[Array, Array, Any], Array]
+Interval = tuple[float, float] | None
 
 
-def guided(denoise: Denoise, null_cond: Any, scale: float, *, rescale: float = 0.0, detach_null: bool = False) -> Denoise:
+def guided(denoise: Denoise, null_cond: Any, scale: float, *, rescale: float = 0.0, detach_null: bool = False,
+           interval: Interval = None) -> Denoise:  # fmt: skip
     """Classifier-free guidance: out = out_null + scale (out_cond - out_null) (arXiv 2207.12598), both in one batch of 2B.
 
     null_cond: the empty or negative prompt's condition, a tree like cond with leading axis 1 or B. scale = 1 is the network
     itself. rescale: the share of the guided output that is brought back to the conditional one's spread (arXiv 2305.08891,
     section 3.4). detach_null: no gradient through the unconditional half (Flow-GRPO); by default both halves have one.
+    interval: (low, high), the network's times between which there is guidance (arXiv 2404.07724); None: at all of them.
     """
     if scale == 1.0:
         return denoise
 
-    def apply(x: Array, t: Array, cond: Any) -> Array:
-        both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), cond, null_cond)
-        with_cond, without = jnp.split(denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
-        without = jax.lax.stop_gradient(without) if detach_null else without
-        return _guidance(with_cond, without, scale, rescale)
+    def both(x: Array, t: Array, cond: Any) -> tuple[Array, Array]:
+        pair = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), cond, null_cond)
+        with_cond, without = jnp.split(denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), pair), 2)
+        return with_cond, jax.lax.stop_gradient(without) if detach_null else without
 
-    return apply
+    return _guidance(both, denoise, scale, rescale, interval)
 
 
-def guided_away(positive: Denoise, negative: Denoise, null_cond: Any, scale: float, *, rescale: float = 0.0) -> Denoise:
-    """Guidance away from another network: out = neg(x, null) + scale (pos(x, cond) - neg(x, null)) (NPO, arXiv 2505.11245).
+def guided_away(positive: Denoise, negative: Denoise, null_cond: Any, scale: float, *, rescale: float = 0.0,
+                interval: Interval = None) -> Denoise:  # fmt: skip
+    """Guidance away from another network: out = out_neg + scale (out_pos - out_neg).
 
-    negative: a network trained on the swapped labels, with the empty or negative prompt's condition (leading axis 1 or B).
-    With negative = positive this is `guided`, at scale 1 it is positive alone. A negative network that has drifted far gives
-    large differences: lower the scale, or draw with one mixed with the positive's parameters. rescale: as in `guided`.
+    null_cond, the empty or negative prompt's condition (leading axis 1 or B), is what negative sees: then it is a network
+    trained on the swapped labels (NPO, arXiv 2505.11245), and with negative = positive this is `guided`. None: both see the
+    same condition, and negative is a smaller or less trained version of positive (autoguidance, arXiv 2406.02507). At scale 1
+    it is positive alone. A negative network that has drifted far gives large differences: lower the scale, or draw with one
+    mixed with the positive's parameters. rescale, interval: as in `guided`.
     """
     if scale == 1.0:
         return positive
 
-    def apply(x: Array, t: Array, cond: Any) -> Array:
-        null = jax.tree.map(lambda c, n: jnp.broadcast_to(n, c.shape), cond, null_cond)
-        return _guidance(positive(x, t, cond), negative(x, t, null), scale, rescale)
+    def both(x: Array, t: Array, cond: Any) -> tuple[Array, Array]:
+        seen = cond if null_cond is None else jax.tree.map(lambda c, n: jnp.broadcast_to(n, c.shape), cond, null_cond)
+        return positive(x, t, cond), negative(x, t, seen)
 
-    return apply
+    return _guidance(both, positive, scale, rescale, interval)
 
 
-def _guidance(with_cond: Array, without: Array, scale: float, rescale: float) -> Array:
-    out = without + scale * (with_cond - without)
-    if rescale:
-        axes = tuple(range(1, out.ndim))
-        out = out * (1 - rescale + rescale * with_cond.std(axes, keepdims=True) / out.std(axes, keepdims=True))
-    return out
+def _guidance(both: Callable[..., tuple[Array, Array]], alone: Denoise, scale: float, rescale: float, interval: Interval) -> Denoise:
+    """Guidance between the outputs of both(x, t, cond); a call with no time in the interval is one of alone(x, t, cond)."""
+
+    def whole(x: Array, t: Array, cond: Any) -> tuple[Array, Array]:
+        with_cond, without = both(x, t, cond)
+        out = without + scale * (with_cond - without)
+        if rescale:
+            axes = tuple(range(1, out.ndim))
+            out = out * (1 - rescale + rescale * with_cond.std(axes, keepdims=True) / out.std(axes, keepdims=True))
+        return out, with_cond
+
+    if interval is None:
+        return lambda x, t, cond: whole(x, t, cond)[0]
+    low, high = interval
+
+    def within(x: Array, t: Array, cond: Any) -> Array:
+        inside = (low <= t) & (t <= high)
+        some = lambda: jnp.where(expand(inside, x), *whole(x, t, cond))  # noqa: E731
+        return jax.lax.cond(inside.any(), some, lambda: alone(x, t, cond))
+
+    return within
 
 
 def blended(policy: Denoise, reference: Denoise, lam: Array | float) -> Denoise:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .layers import attention, unfused
+from .layers import attention, show, unfused
 
 Array = jax.Array
 
@@ -75,8 +75,9 @@ def cross_attention(module: nn.Module, q: Array, k: Array, v: Array, *, implemen
     """Attention of positions q [B,N,H,D] over text k, v [B,L,H,D] -> [B,N,H,D].
 
     Every cross-attention of a UNet passes through here, with the module it belongs to (`module.path` names it): the one
-    place to capture or edit maps.
+    place to capture or edit maps (see attention_maps.py).
     """
+    show(module, q, k)
     return attention(q, k, v, implementation=implementation)
 
 

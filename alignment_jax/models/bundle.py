@@ -28,7 +28,7 @@ class ModelBundle(NamedTuple):
       schedule, prediction: see diffusion. sample_shape: the shape of one x0.
       sampling: the sampler's settings that suit the model: num_steps, spacing, t_start, eta, guidance_scale.
       attention: attention(params, x, t, cond) -> [B,h,w,L], how much each position looks at each token, mean over heads and
-        layers of one resolution; None where the model has no such maps.
+        layers of one resolution (see attention_maps.py); None where the model has no such maps.
     """
 
     name: str

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..diffusion import cosine
+from .attention_maps import attention_maps
 from .bundle import ModelBundle
 from .pixel_unet import PixelUNet
 from .text import TextTower, WordTokenizer
@@ -31,11 +32,17 @@ def critters(tokenizer: str | Path = ASSETS / "tokenizer.json", features: tuple[
         cond: Any = text.apply({"params": params["text"]}, tokens)
         return cond
 
+    def given(params: Any, cond: dict[str, Array]) -> tuple[Array, ...]:
+        cond = encode_text(params, cond["tokens"]) if "tokens" in cond else cond
+        return cond["states"], cond["mask"], cond["pooled"]
+
     def denoise(params: Any, x: Array, t: Array, cond: dict[str, Array]) -> Array:
-        if "tokens" in cond:
-            cond = encode_text(params, cond["tokens"])
-        output: Any = unet.apply({"params": params["unet"]}, x, t, cond["states"], cond["mask"], cond["pooled"])
+        output: Any = unet.apply({"params": params["unet"]}, x, t, *given(params, cond))
         return output
+
+    def maps(params: Any, x: Array, t: Array, cond: dict[str, Array]) -> Array:
+        size = x.shape[1] // unet.patch, x.shape[2] // unet.patch
+        return attention_maps(unet, params["unet"], size, x, t, *given(params, cond))
 
     def init(key: Array) -> Any:
         key_text, key_unet = jax.random.split(key)
@@ -50,6 +57,7 @@ def critters(tokenizer: str | Path = ASSETS / "tokenizer.json", features: tuple[
         encode=lambda params, observation: 2.0 * observation - 1.0, tokenize=tokenize,
         schedule=cosine(t_min=0.0, t_max=0.98), prediction="x0", sample_shape=(32, 32, 3),
         sampling={"num_steps": 8, "spacing": "uniform", "eta": 0.0, "guidance_scale": 1.0},
+        attention=maps,
     )  # fmt: skip
 
 

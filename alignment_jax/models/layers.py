@@ -36,6 +36,14 @@ def attention(
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, -1).astype(q.dtype), v)
 
 
+def show(module: nn.Module, q: Array, k: Array, mask: Array | None = None) -> None:
+    """Leaves queries q [B,N,H,D] and keys k [B,L,H,D] of an attention over text where `attention_maps` finds them.
+
+    Without a mutable collection "intermediates", that is unless maps are asked for, this is nothing.
+    """
+    module.sow("intermediates", "text", {"q": q, "k": k} if mask is None else {"q": q, "k": k, "mask": mask})
+
+
 def unfused(x: Array) -> Array:
     """x, which XLA on CPU does not merge into what follows: a LayerNorm merged into the product behind it slows both."""
     return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
@@ -99,6 +107,7 @@ class JointAttention(nn.Module):
         q, k, v = jnp.split(qkv.reshape(b, positions, self.heads, -1), 3, -1)
         text_kv = nn.Dense(2 * c, dtype=self.dtype, name="to_text_kv")(text.astype(self.dtype))
         text_k, text_v = jnp.split(text_kv.reshape(b, text.shape[1], self.heads, -1), 2, -1)
+        show(self, q, text_k, mask)
         keys, values = jnp.concatenate([k, text_k], 1), jnp.concatenate([v, text_v], 1)
         all_mask = jnp.concatenate([jnp.ones((b, positions), bool), mask], 1)
         out = attention(q, keys, values, all_mask).reshape(b, height, width, c)

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..diffusion import NoiseSchedule, linear, scaled_linear, zero_terminal_snr
+from .attention_maps import attention_maps
 from .autoencoder import autoencoder
 from .bundle import ModelBundle
 from .clip import clip_text, clip_tokenizer
-from .unet import unet
+from .unet import CROSS_DOWN, unet
 
 Array = jax.Array
 # the components that hold parameters, and the stems of their files
@@ -101,11 +102,23 @@ def stable_diffusion(folder: str | Path, *, height: int = 0, width: int = 0, dty
         ids = jnp.array([size[0], size[1], 0, 0, size[0], size[1]], jnp.float32)  # original size, crop, target size
         return {"states": states, "pooled": pooled, "time_ids": jnp.broadcast_to(ids, (len(tokens), 6))}
 
-    def denoise(params: Any, x: Array, t: Array, cond: dict[str, Array]) -> Array:
+    def given(params: Any, cond: dict[str, Array]) -> tuple[Array, Any]:
         cond = encode_text(params, cond["tokens"]) if "tokens" in cond else cond
-        more: Any = {k: cond[k] for k in ("pooled", "time_ids") if k in cond}
-        output: Array = net.apply({"params": params["unet"]}, x, t, cond["states"], **more)
+        return cond["states"], {k: cond[k] for k in ("pooled", "time_ids") if k in cond}
+
+    def denoise(params: Any, x: Array, t: Array, cond: dict[str, Array]) -> Array:
+        states, more = given(params, cond)
+        output: Array = net.apply({"params": params["unet"]}, x, t, states, **more)
         return output
+
+    # a quarter of the latents' side: 16 x 16 of SD1 at 512 pixels, 32 x 32 of SDXL at 1024; or the nearest finer one
+    level = max((i for i, kind in enumerate(net.down_block_types[:3]) if kind == CROSS_DOWN), default=None)
+
+    def maps(params: Any, x: Array, t: Array, cond: dict[str, Array]) -> Array:
+        assert level is not None
+        states, more = given(params, cond)
+        size = -(-x.shape[1] // 2**level), -(-x.shape[2] // 2**level)
+        return attention_maps(net, params["unet"], size, x, t, states, **more)
 
     def init(key: Array) -> Any:
         keys = dict(zip(COMPONENTS, jax.random.split(key, len(COMPONENTS))))
@@ -131,6 +144,7 @@ def stable_diffusion(folder: str | Path, *, height: int = 0, width: int = 0, dty
         tokenize=tokenize, schedule=schedule, prediction=prediction,
         sample_shape=(size[0] // factor, size[1] // factor, net.in_channels),
         sampling={**sampling, "num_steps": 50, "guidance_scale": 5.0 if two else 7.5},
+        attention=None if level is None else maps,
     )  # fmt: skip
 
 

@@ -345,7 +345,11 @@ def _redraw(config: Any, algorithm: Algorithm, bundle: ModelBundle, sampler_: Sa
         return None
     if "name" not in settings:
         raise ValueError(f"config.rollout needs a name beside its settings; got {', '.join(settings)}")
-    method = steering.method(settings.pop("name"), settings, bundle, sampler_, guidance, reward_)
+    name = settings.pop("name")
+    method = steering.method(name, settings, bundle, sampler_, guidance, reward_)
+    if method.needs.attention:
+        raise ValueError(f"config.rollout cannot be {name}: a rollout knows its prompts as tokens, not as words with subjects; use a "
+                         "method that reads no attention maps")  # fmt: skip
     return partial(steering.redrawn, method, bundle, guidance, reward_)
 
 

@@ -64,7 +64,7 @@ def planned(method: Mapping[str, Any], bundle: ModelBundle, reward: Reward | Non
                          + ("scores of noisy states" if reward.noisy else f"{len(columns(reward))}: {', '.join(columns(reward))}"))
     if x_T is not None:
         raise ValueError("--noise fixes the start of the plain chain, and a search draws on noises of its own; leave one out")
-    numbers = {"noises": settings.pop("noises", 4), "held_out": settings.pop("held_out", 16)}
+    numbers = {"noises": settings.pop("noises", 8), "held_out": settings.pop("held_out", 16)}
     for key, value in numbers.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"method {name}: {key} must be a whole number, at least 1; got {value!r}")

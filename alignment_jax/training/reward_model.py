@@ -23,6 +23,7 @@ from ..diffusion import fold_in, normal
 from ..evaluation import agreement
 from ..evaluation.summary import plain
 from ..rewards import JUDGES, preference, trained
+from ..rewards.annotators import by_reward
 from ..rewards.augment import augment
 from ..rewards.critters import encode
 from . import build
@@ -37,10 +38,23 @@ TIES = ("half", "davidson", "drop")
 CHUNK, ENOUGH, TIMES = 256, 1024, (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
+class Lists(NamedTuple):
+    """Ranked pictures [N,K,H,W,C] uint8 of prompts: ranks int [N,K], 1 is best, equal ones are ties, 0 is not ranked."""
+
+    pictures: np.ndarray
+    ranks: np.ndarray
+    prompts: list[str]
+
+    def sides(self, rows: np.ndarray) -> dict[str, Any]:
+        """{"list" [B,K,H,W,C], "ranks" [B,K]} of the lists `rows`."""
+        return {"list": self.pictures[rows], "ranks": self.ranks[rows]}
+
+
 class Pairs(NamedTuple):
     """Answers about pairs: p [N] that a is the better one, weight [N], annotator [N], an index into people.
 
     row [N]: the pair that was asked about, as `read` counts them, whose winner is a where `first` [N]. ordered: a was shown first.
+    lists: what is trained on where the pairs are those within ranked lists.
     """
 
     read: Callable[[np.ndarray], dict[str, Any]]
@@ -52,6 +66,7 @@ class Pairs(NamedTuple):
     annotator: np.ndarray
     people: tuple[str, ...]
     ordered: bool
+    lists: Lists | None = None
 
     def sides(self, rows: np.ndarray) -> dict[str, Any]:
         """{"a", "b" uint8 [B,H,W,C], "p", "weight", "annotator" [B]} of the answers `rows`."""
@@ -63,8 +78,10 @@ class Pairs(NamedTuple):
 def load(source: str, data_dir: str, size: tuple[int, int]) -> Pairs:
     """The pairs of an .npz of `label`, each annotator's answer apart, or of any source that `data.pairs` reads.
 
-    Pictures are brought to size = (H, W).
+    Pictures are brought to size = (H, W). An .npz of lists gives all pairs within them, for measuring, and `lists` to train on.
     """
+    if source.endswith(".npz") and _holds_lists(source):
+        return _listed(source, size)
     if source.endswith(".npz"):
         arrays = prompt_files.load_pairs(source)
         n = len(arrays["prompts"])
@@ -84,6 +101,36 @@ def load(source: str, data_dir: str, size: tuple[int, int]) -> Pairs:
                   ordered=bool((p < 0.5).any()))  # fmt: skip
 
 
+def _holds_lists(source: str) -> bool:
+    file = Path(source).expanduser()
+    if not file.is_file():
+        return False
+    with np.load(file) as stored:
+        return "list" in stored
+
+
+def _listed(source: str, size: tuple[int, int]) -> Pairs:
+    lists = prompt_files.load_lists(source)
+    pictures, score = lists["list"], lists["score"]
+    if score.ndim != 2:
+        raise ValueError(f"{source} ranks each picture by {score.shape[2]} scores, and a reward model learns one order; store score [N, K]")
+    if pictures.shape[2:4] != size:
+        raise ValueError(f"{source}: lists must hold pictures of {size[0]} x {size[1]}; got {pictures.shape[2]} x {pictures.shape[3]}")
+    known = np.isfinite(score)
+    filled = np.where(known, score, -np.inf)
+    ranks = np.where(known, 1 + (filled[:, None, :] > filled[:, :, None]).sum(2), 0)
+    n, i, j = (x.ravel() for x in np.meshgrid(np.arange(len(score)), *[np.arange(score.shape[1])] * 2, indexing="ij"))
+    n, i, j = (x[(known[n, i] & known[n, j]) & ((score[n, i] > score[n, j]) | ((score[n, i] == score[n, j]) & (i < j)))] for x in (n, i, j))
+
+    def read(rows: np.ndarray) -> dict[str, Any]:
+        return {"winner": pictures[n[rows], i[rows]], "loser": pictures[n[rows], j[rows]]}
+
+    p = np.where(score[n, i] > score[n, j], 1.0, 0.5)
+    made = _pairs(read, np.arange(len(n)), [lists["prompts"][k] for k in n], p, 1 / np.bincount(n)[n], [""] * len(n),
+                  first=np.ones(len(n), bool), ordered=False)  # fmt: skip
+    return made._replace(lists=Lists(pictures, ranks, lists["prompts"]))
+
+
 def _pairs(read: Callable[[np.ndarray], dict[str, Any]], row: np.ndarray, prompts: list[str], p: np.ndarray, weight: np.ndarray,
            who: list[str], *, first: np.ndarray, ordered: bool) -> Pairs:  # fmt: skip
     people = tuple(sorted(set(who)))
@@ -100,8 +147,25 @@ def split(prompts: list[str], share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def taught(teacher: Any, pairs: Pairs, rows: np.ndarray) -> Pairs:
+    """The pairs with p = sigma(r_a - r_b) of a reward of pictures for the answers `rows`; the others stay as they were given.
+
+    Its odds tell more than one yes or no: what is too little to learn pictures under noise from is enough to learn pictures
+    from, and these teach the rest.
+    """
+    compare, p = by_reward(build.reward({"reward": teacher}), soft=True), pairs.p.astype(np.float64).copy()
+    for i in range(0, len(rows), CHUNK):
+        part = rows[i : i + CHUNK]
+        a, b = (pairs.sides(part)[side] / np.float32(255) for side in ("a", "b"))
+        p[part] = compare(np.random.default_rng(0), a, b, [pairs.prompts[j] for j in part])
+    return pairs._replace(p=p)
+
+
 def check(config: Any, pairs: Pairs) -> None:
     """Raises ValueError for settings that the pairs cannot answer."""
+    if pairs.lists and (config.ties != "half" or config.teacher):
+        raise ValueError("ranked lists are learned by their whole order, ties by every order within them: set ties='half' and teacher=''; "
+                         f"got {config.ties!r} and {config.teacher!r}. For a reward's ranking: label --list --annotator")  # fmt: skip
     if config.ties not in TIES:
         raise ValueError(f"ties {config.ties!r} is not known; choose one of {', '.join(TIES)}")
     soft = (np.abs(pairs.p - 0.5) > 1e-6) & (np.abs(pairs.p - 0.5) < 0.5 - 1e-6)
@@ -134,23 +198,30 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
     base = build.model(ml_collections.ConfigDict({"model": config.model, "seed": 0}))[1] if bundle else None
     shape = (32, 32) if bundle is None else jax.eval_shape(bundle.decode, base, jnp.zeros((1, *bundle.sample_shape))).shape[1:3]
     pairs = load(config.pairs, config.data_dir, shape)
-    check(config, pairs)
     rows, held = split(pairs.prompts, config.held_out)
+    if config.teacher and not pairs.lists:
+        pairs = taught(config.teacher, pairs, rows)
+    check(config, pairs)
     if config.ties == "drop":
         rows = rows[pairs.p[rows] != 0.5]
     about["people"] = list(pairs.people)
     net = trained.network(about)
-    texts: Any = encode(pairs.prompts) if bundle is None else {"tokens": bundle.tokenize(pairs.prompts)}
 
-    def batch(indices: np.ndarray) -> dict[str, Any]:
-        return pairs.sides(indices) | {"text": jax.tree.map(lambda x: x[indices], texts)}
+    def reader(data: Pairs | Lists) -> Callable[[np.ndarray], dict[str, Any]]:
+        texts: Any = encode(data.prompts) if bundle is None else {"tokens": bundle.tokenize(data.prompts)}
+        return lambda indices: data.sides(indices) | {"text": jax.tree.map(lambda x: x[indices], texts)}
+
+    batch = learned = reader(pairs)
+    shown = rows
+    if pairs.lists:
+        learned, shown = reader(pairs.lists), split(pairs.lists.prompts, config.held_out)[0]
 
     frozen = {} if base is None else {"params": base}
     tx = optax.chain(optax.clip_by_global_norm(1.0),
                      optax.adamw(optax.cosine_onecycle_schedule(config.steps, config.learning_rate), weight_decay=1e-2))  # fmt: skip
     state = _start(config, net, len(pairs.people), tx, frozen)
     step = jax.jit(partial(train_step, config, net, tx, len(rows)), donate_argnums=0)
-    source = Source(len(rows), config.batch, config.seed, lambda i, rng: batch(rows[i]))
+    source = Source(len(shown), config.batch, config.seed, lambda i, rng: learned(shown[i]))
     claim(workdir, config)
     checkpoints = Checkpointer(workdir, keep=1)
     if checkpoints.steps():
@@ -158,7 +229,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
         source.set_state(position)
     print(f"pairs           {len(rows)} to train on, {len(held)} of other prompts held out, {len(pairs.people)} annotators\n"
           f"trained         {sum(x.size for x in jax.tree.leaves(state.trained)):,} parameters, {config.steps} steps of "
-          f"{config.batch} pairs", flush=True)  # fmt: skip
+          f"{config.batch} {'lists' if pairs.lists else 'pairs'}", flush=True)  # fmt: skip
     start, log, stop = int(state.step), MetricLog(workdir, int(state.step)), Interrupt()
     with stop, tqdm(total=config.steps, initial=start, desc=config.name, unit="step") as bar:
         for number in range(start, config.steps):
@@ -210,8 +281,14 @@ def as_seen(config: Any, people: Tree, gap: Array, annotator: Array) -> Array:
     return preference.annotated(gap, temperature[annotator], offset[annotator])
 
 
-def nll(config: Any, people: Tree, scores: tuple[Array, Array], batch: Tree, pairs: int) -> tuple[Array, dict[str, Array]]:
-    """Weighted mean of -log P(label) over pairs with scores [B, people] of a and b, and a N(0, 1) prior on what is a person's."""
+def nll(config: Any, people: Tree, scores: Array, batch: Tree, pairs: int) -> tuple[Array, dict[str, Array]]:
+    """Weighted mean of -log P(label) over pairs with scores [2, B, people] of a and b, and a N(0, 1) prior on what is a person's;
+    or of the rankings of lists with scores [K, B, 1]."""
+    if "ranks" in batch:
+        s, ranks = scores[..., 0].T, batch["ranks"]
+        above = (ranks[:, :, None] > 0) & (ranks[:, :, None] < ranks[:, None, :])  # i is better than j
+        right = (s[:, :, None] > s[:, None, :]) + 0.5 * (s[:, :, None] == s[:, None, :])
+        return preference.plackett_luce(s, ranks).mean(), {"accuracy": (right * above).sum() / jnp.maximum(above.sum(), 1)}
     column = batch["annotator"] if config.own else jnp.zeros_like(batch["annotator"])
     a, b = (jnp.take_along_axis(s, column[:, None], 1)[:, 0] for s in scores)
     gap = as_seen(config, people, a - b, batch["annotator"])
@@ -228,12 +305,11 @@ def train_step(config: Any, net: trained.Network, tx: optax.GradientTransformati
                batch: Tree) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
     """One step; the average of the parameters follows with decay .99."""
     key = jax.random.fold_in(state.key, state.step)
-    a, b = inputs(net, frozen, key, batch, augmented=config.augment)
+    sides = inputs(net, frozen, key, batch, augmented=config.augment)
 
     def loss(params: Tree) -> tuple[Array, dict[str, Array]]:
-        both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
-        scores = net.score(_whole(params["net"], frozen), both)
-        return nll(config, params["people"], (scores[: len(scores) // 2], scores[len(scores) // 2 :]), batch, pairs)
+        scores = net.score(_whole(params["net"], frozen), jax.tree.map(lambda *x: jnp.concatenate(x), *sides))
+        return nll(config, params["people"], scores.reshape(len(sides), -1, scores.shape[-1]), batch, pairs)
 
     (value, info), grads = jax.value_and_grad(loss, has_aux=True)(state.trained)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
@@ -245,24 +321,23 @@ def train_step(config: Any, net: trained.Network, tx: optax.GradientTransformati
 
 
 def inputs(net: trained.Network, frozen: Tree, key: Array, batch: Tree, *, augmented: bool = False,
-           time: Array | None = None) -> tuple[Tree, Tree]:  # fmt: skip
-    """What the network reads of both sides. A bundle's states share their time, random or the share `time` of the trained
-    range, and not their noise: it will compare states that differ by noise."""
-    keys = jax.random.split(key)
-    pictures = [batch[side].astype(jnp.float32) / 255.0 for side in ("a", "b")]
+           time: Array | None = None) -> list[Tree]:  # fmt: skip
+    """What the network reads of both sides, or of every picture of a list. A bundle's states share their time, random or the
+    share `time` of the trained range, and not their noise: it will compare states that differ by noise."""
+    shown = [batch["a"], batch["b"]] if "a" in batch else list(jnp.unstack(batch["list"], axis=1))
+    keys = jax.random.split(key, len(shown))
+    pictures = [x.astype(jnp.float32) / 255.0 for x in shown]
     if net.bundle is None:
-        seen = [augment(k, x) if augmented else x for k, x in zip(keys, pictures, strict=True)]
-        return {"picture": seen[0], **batch["text"]}, {"picture": seen[1], **batch["text"]}
+        return [{"picture": augment(k, x) if augmented else x, **batch["text"]} for k, x in zip(keys, pictures, strict=True)]
     bundle, params = net.bundle, frozen["params"]
     cond = bundle.encode_text(params, batch["text"]["tokens"])
     samples = [bundle.encode(params, x) for x in pictures]
     one = jax.random.split(keys[0], len(samples[0]))
-    x_a, t, _ = noised(one, samples[0], bundle.schedule)
+    _, t, _ = noised(one, samples[0], bundle.schedule)
     if time is not None:
         t = jnp.full_like(t, bundle.schedule.t_min + time * (bundle.schedule.t_max - bundle.schedule.t_min))
-        x_a = bundle.schedule.add_noise(samples[0], normal(fold_in(one, 1), samples[0].shape), t)
-    x_b = bundle.schedule.add_noise(samples[1], normal(fold_in(one, 2), samples[1].shape), t)
-    return {"x": x_a, "t": t, "cond": cond}, {"x": x_b, "t": t, "cond": cond}
+    noisy = [bundle.schedule.add_noise(x, normal(fold_in(one, 1 + j), x.shape), t) for j, x in enumerate(samples)]
+    return [{"x": x, "t": t, "cond": cond} for x in noisy]
 
 
 def _whole(net: Tree, frozen: Tree) -> Tree:

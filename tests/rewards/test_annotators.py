@@ -163,7 +163,7 @@ def world(monkeypatch):
 
     def drawn(bundle, params, texts, keys, settings):
         level = np.asarray(jax.vmap(lambda k: jax.random.uniform(k))(keys))
-        return np.broadcast_to(level[:, None, None, None], (len(texts), 4, 4, 3)).astype(np.float32)
+        return np.broadcast_to(level[:, None, None, None], (len(texts), 4, 4, 3)).astype(np.float32), {}
 
     monkeypatch.setattr(labelling.build, "model", lambda config: (None, None))
     monkeypatch.setattr(labelling, "pictures", drawn)
@@ -188,6 +188,23 @@ def test_any_reward_labels_pairs_and_several_annotators_keep_their_answers(world
     np.testing.assert_allclose(stored["preference"], np.full(64, 2 / 3))
     np.testing.assert_array_equal(stored["answers"], np.tile([1.0, 0.0, 1.0], (64, 1)))
     assert "own_people:dark" in str(stored["annotator"][0])  # whose word it is is said with every pair
+
+
+def test_an_annotator_may_be_a_dictionary_with_arguments_as_a_reward_in_a_config(world, tmp_path, monkeypatch):
+    made = SimpleNamespace(factory=lambda scale=1.0: BRIGHT._replace(name=f"bright {scale:g}", score=lambda *a: scale * BRIGHT.score(*a)))
+    monkeypatch.setitem(REWARDS, "scaled", made)
+    picky = lambda best=0: lambda rng, a, b, prompts: np.full(len(a), float(best))  # noqa: E731
+    monkeypatch.setitem(sys.modules, "own_people", SimpleNamespace(picky=picky))
+    asked = ["scaled", "{'name': 'scaled', 'scale': -1.0}", {"name": "own_people:picky", "best": 1}]
+    found = world(tmp_path / "a.npz", annotator=asked, pairs=64, options={"temperature": 1e-4})
+    assert found["scaled and bright -1"]["agreement"] == 0.0  # the argument reached the factory, and tells the two apart
+    stored = np.load(tmp_path / "a.npz")
+    assert stored["annotators"].tolist() == ["scaled", "bright -1", "own_people:picky"]
+    for spec, said in (("{'name': 'nobody', 'x': 1}", "is not known"), ("{'scale': 1.0}", "needs a name"),
+                       ("{'name': 'scaled', 'scal': 1}", "Did you mean 'scale'"), ("{'name': ", "no dictionary"),
+                       ("{'name': 'critters_annotator', 'soft': True}", "no field 'soft'")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            world(tmp_path / "x.npz", annotator=spec, pairs=2)
 
 
 def test_lists_are_written_as_rankings_read_them(world, tmp_path):

@@ -272,7 +272,7 @@ def test_answers_of_several_people_to_one_pair_stay_apart(tmp_path):
 
 
 def test_a_noisy_model_reads_states_and_needs_no_decoder(tmp_path):
-    config = settings("noisy", written(tmp_path, 40), steps=2, held_out=0.4, judge="")
+    config = settings("noisy", written(tmp_path, 40), steps=2, held_out=0.4, judge="", teacher="")
     summary = reward_model.train(config, tmp_path / "noisy")
     assert [row["t"] for row in summary["by_time"]] == list(reward_model.TIMES)
     reward = trained(folder=tmp_path / "noisy")
@@ -284,6 +284,77 @@ def test_a_noisy_model_reads_states_and_needs_no_decoder(tmp_path):
     turned = jax.jit(reward.score)(reward.params, x[order], {"t": t[order], "cond": jax.tree.map(lambda c: c[order], cond)})
     assert score.shape == (3,)
     np.testing.assert_allclose(turned, score[order], rtol=1e-4, atol=1e-5)
+
+
+def test_a_teachers_odds_replace_the_answers_that_are_trained_on_and_no_others(tmp_path):
+    """The held-out answers stay the people's: a pupil measured against its teacher would look better than it is."""
+    pairs = reward_model.load(written(tmp_path), "", (32, 32))
+    rows, held = reward_model.split(pairs.prompts, 0.3)
+    taught = reward_model.taught("own_reward:dark", pairs, rows)
+    sides = pairs.sides(np.arange(len(pairs.p)))
+    gap = (sides["b"].mean((1, 2, 3)) - sides["a"].mean((1, 2, 3))) / 255
+    np.testing.assert_allclose(taught.p[rows], 1 / (1 + np.exp(-gap[rows])), rtol=1e-5)
+    assert (taught.p[rows] < 0.5).all() and (taught.p[held] == 1).all() and (pairs.p == 1).all()
+    config = settings("picture", str(tmp_path / "pairs.npz"), trunk="none", teacher="own_reward:dark")
+    summary = reward_model.train(config, tmp_path / "pupil")
+    assert summary["accuracy"]["half"]["mean"] < 0.3  # it learned to prefer the dark one
+    with pytest.raises(ValueError, match="labels are shares between"):
+        reward_model.train(settings("picture", str(tmp_path / "pairs.npz"), teacher="own_reward:dark", ties="davidson"), tmp_path / "x")
+
+
+def listed(folder, k=4, n=80):
+    """Lists of grey pictures of which the brighter is better, as `label --list` stores them; of each, two tie and one is not ranked."""
+    rng = np.random.default_rng(0)
+    level = rng.permuted(np.tile(np.linspace(20, 230, k), (n, 1)), axis=1)
+    score = level.copy()
+    score[np.arange(n), np.argsort(level)[:, 1]] = level.min(1)  # the two darkest tie
+    score[np.arange(n), np.argsort(level)[:, 2]] = np.nan
+    pictures = np.broadcast_to(level[..., None, None, None], (n, k, 32, 32, 3)).astype(np.uint8)
+    np.savez(folder / "lists.npz", list=pictures, score=score, prompts=np.asarray(captions("train", n, 0)), annotator=np.full(n, "lamp"))
+    return str(folder / "lists.npz"), pictures, score
+
+
+def test_ranked_lists_are_read_as_ranks_with_ties_and_as_the_pairs_within_them(tmp_path):
+    file, pictures, score = listed(tmp_path)
+    pairs = reward_model.load(file, "", (32, 32))
+    sides = pairs.lists.sides(np.arange(80))
+    np.testing.assert_array_equal(np.sort(sides["ranks"], 1), np.tile([0, 1, 2, 2], (80, 1)))  # not ranked, best, a tie
+    assert (sides["list"][np.arange(80), sides["ranks"].argmin(1) * 0 + (sides["ranks"] == 1).argmax(1)] == 230).all()
+    assert len(pairs.p) == 3 * 80 and sorted(pairs.p)[:80] == [0.5] * 80 and set(sorted(pairs.p)[80:]) == {1.0}
+    shown = pairs.sides(np.arange(len(pairs.p)))
+    brighter = shown["a"].mean((1, 2, 3)) > shown["b"].mean((1, 2, 3))
+    assert brighter[pairs.p == 1].all() and np.allclose(pairs.weight, 1 / 3)
+    with pytest.raises(ValueError, match="pictures of 16 x 16; got 32 x 32"):
+        reward_model.load(file, "", (16, 16))
+
+
+def test_lists_of_two_have_the_loss_of_pairs_and_longer_ones_that_of_plackett_and_luce():
+    rng = np.random.default_rng(0)
+    s = jnp.asarray(rng.normal(size=(2, 6, 1)), jnp.float32)
+    config = ml_collections.ConfigDict({"own": False, "temperature": False, "offset": False, "ties": "half"})
+    people = {"log_temperature": jnp.zeros(1), "offset": jnp.zeros(1), "log_nu": jnp.zeros(())}
+    batch = {"p": jnp.ones(6), "weight": jnp.ones(6), "annotator": jnp.zeros(6, int)}
+    of_pairs = reward_model.nll(config, people, s, batch, 10)
+    of_lists = reward_model.nll(config, people, s, {"ranks": jnp.tile(jnp.array([1, 2]), (6, 1))}, 10)
+    np.testing.assert_allclose(of_lists[0], of_pairs[0], rtol=1e-5)
+    np.testing.assert_allclose(of_lists[1]["accuracy"], of_pairs[1]["accuracy"])
+    s = jnp.asarray(rng.normal(size=(4, 5, 1)), jnp.float32)
+    order = np.asarray(s[..., 0].T)[:, ::-1]  # the last one is the best
+    exact = np.mean([-sum(row[i] - np.log(np.exp(row[i:]).sum()) for i in range(4)) for row in order])
+    found, info = reward_model.nll(config, people, s, {"ranks": jnp.tile(jnp.array([4, 3, 2, 1]), (5, 1))}, 10)
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    right = [row[i] > row[j] for row in order for i, j in itertools.combinations(range(4), 2)]
+    np.testing.assert_allclose(info["accuracy"], np.mean(right))
+
+
+def test_a_reward_model_learns_from_ranked_lists(tmp_path):
+    file, _, _ = listed(tmp_path)
+    summary = reward_model.train(settings("picture", file, steps=30, batch=4, trunk="none"), tmp_path / "lists")
+    assert summary["accuracy"]["half"]["mean"] > 0.9 and summary["pairs"]["ties"] * 3 == summary["pairs"]["held_out"]
+    for changes, said in (({"ties": "davidson"}, "set ties='half'"), ({"teacher": "own_reward:dark"}, "label --list"),
+                          ({"own": True}, "tell annotators apart")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            reward_model.train(settings("picture", file, **changes), tmp_path / "refused")
 
 
 def test_questions_that_the_pairs_cannot_answer_are_refused(tmp_path):

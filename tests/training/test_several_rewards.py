@@ -63,6 +63,16 @@ def test_a_score_of_noisy_states_is_for_methods_that_judge_steps(monkeypatch):
     monkeypatch.setitem(build.REWARDS, "latent", noisy)
     with pytest.raises(ValueError, match="scores noisy states; method draft asks for scores of pictures"):
         planned("draft", reward="latent")
+    assert planned("spo", reward="latent", method={"name": "lpo"}).algorithm.needs.reward == "state"
+    assert planned("spo", reward="latent").reward is noisy
+
+
+@pytest.mark.parametrize("reward, said", [("critters_proxy", "lpo judges the noisy states.*'critters_proxy' scores pictures"),
+                                          ("jpeg_compressibility", "lpo judges the noisy states"), ("", "lpo needs a reward")])  # fmt: skip
+def test_lpo_without_a_score_of_noisy_states_says_where_one_comes_from(reward, said):
+    """With a score of pictures it would be SPO with LPO's settings, decoding at every step, and nothing would say so."""
+    with pytest.raises(ValueError, match=said + ".*reads='noisy'.*spo judges steps by pictures"):
+        planned("spo", reward=reward, method={"name": "lpo"})
 
 
 def test_srpo_reads_both_columns_of_a_relative_reward_and_other_methods_do_not():

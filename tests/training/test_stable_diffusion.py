@@ -69,7 +69,8 @@ def settings(world, kind, name, lora):
     labels, pairs = {"labels": "folder", "path": str(world / "labels"), "drop": 0.25}, {"pairs": str(world / "pairs.npz")}
     data = dict.fromkeys(LABELS, labels) | dict.fromkeys(PAIRS, pairs) | {"rank_dpo": {"lists": str(world / "lists.npz")}}
     data = data.get(name, {"prompts": str(world / "prompts.txt")})
-    scorers = {"value": "jpeg_compressibility", "gradient": "own_reward:warmth", "step": "own_reward:warmth", None: ""}
+    scorers = {"value": "jpeg_compressibility", "gradient": "own_reward:warmth", "step": "own_reward:warmth",
+               "state": "own_reward:latent_level", None: ""}  # fmt: skip
     reward = scorers[ALGORITHMS[name].reward]
     return {
         "seed": 0, "steps": 3, "checkpoint_every": 0, "evaluate_every": 0, "evaluation": None, "model": str(world / kind),

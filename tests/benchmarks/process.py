@@ -1,0 +1,63 @@
+"""Processes that do one step at a time, so that two of them can be measured in turns on one core. No library but Python's own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def memory(field: str) -> float:
+    """MB of a field of this process's status: VmRSS, what is resident now; VmHWM, the most that was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1000
+
+
+def serve(build: Callable[[], tuple[Callable[[], Json], Json]]) -> None:
+    """Builds (step, what to say), and does a step for every line of standard input; says its CPU-seconds and memory.
+
+    peak is that since the step before: Linux lets a process forget its high-water mark.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print, and what is said is JSON
+    step, more = build()
+    print(json.dumps({**more, "start_mb": memory("VmRSS"), "start_cpu": time.process_time()}), file=out, flush=True)
+    for _ in sys.stdin:
+        Path("/proc/self/clear_refs").write_text("5")
+        took = step()
+        print(json.dumps({**took, "peak_mb": memory("VmHWM")}), file=out, flush=True)
+
+
+class Worker:
+    """A process that serves; an error of its own once it has ended."""
+
+    def __init__(self, command: list[Any], env: dict[str, str], log: Path) -> None:
+        self.log = log
+        self.process = subprocess.Popen([str(c) for c in command], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=log.open("w"), text=True)  # fmt: skip
+        self.said = self._read()
+
+    def _read(self) -> Json:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = "\n".join(self.log.read_text().splitlines()[-15:])
+            raise RuntimeError(f"a side ended with {self.process.wait()} (-9: killed, perhaps for its memory):\n{tail}")
+        out: Json = json.loads(line)
+        return out
+
+    def step(self) -> Json:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
