@@ -67,7 +67,8 @@ CHANGES = {
             "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 3e-4},
     "rwr": {"method": {"name": "rwr", "lam": 2.0, "per_prompt": True, "draws": 4, "refresh": 20}, **budget(28),
             "batch": {"prompts": 16, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
-    "d3po": {"method": {"name": "d3po", "pairs": "all"}, "sampling.eta": 1.0, **budget(30), "batch": {"prompts": 8, "group": 4, "microbatch": 64}},
+    "d3po": {"method": {"name": "d3po", "pairs": "all"}, "sampling.eta": 1.0, **budget(30),
+             "batch": {"prompts": 8, "group": 4, "microbatch": 64}},
     "spo": {"method": {"name": "spo", "k": 4, "temperature": 0.1, "threshold": 0.1}, "sampling.eta": 1.0, **budget(106),
             "batch": {"prompts": 16, "group": 1, "microbatch": 64}},
     # a pair loss on the policy's own samples, the proxy for an annotator

@@ -92,7 +92,7 @@ def adjoint_matching(sampler: Sampler, shape: tuple[int, ...], *, lam: float = 1
 def lean_adjoints(reference: Denoise, cond: Tree, sampler: Sampler, states: Array, end_adjoint: Array) -> Array:
     """[T + 1, B, ...]: the adjoint of every state of the chain, swept backwards from that of its end with the reference's vjp.
 
-    states [T, B, ...]: where each step starts. On CPU unrolled: there a convolution's backward inside a scan is slow.
+    states [T, B, ...]: where each step starts.
     """
     times = jnp.asarray(sampler.grid.t)
 
@@ -102,8 +102,7 @@ def lean_adjoints(reference: Denoise, cond: Tree, sampler: Sampler, states: Arra
         _, pull = jax.vjp(lambda x: transition(sampler, i, x, reference(x, t, cond)).mean, x)
         return pull(adjoint)[0], adjoint
 
-    unroll = jax.default_backend() == "cpu"
-    first, later = jax.lax.scan(back, end_adjoint, (jnp.arange(len(states)), states), reverse=True, unroll=unroll)
+    first, later = jax.lax.scan(back, end_adjoint, (jnp.arange(len(states)), states), reverse=True)
     return jnp.concatenate([first[None], later])
 
 

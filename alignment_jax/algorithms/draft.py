@@ -1,7 +1,7 @@
 """DRaFT: reward gradients through the end of the sampling chain (arXiv 2309.17400); AlignProp (arXiv 2310.03739).
 
 Departures: an optional anchor keeps the tail close to the frozen model's tail from the same state, which is what keeps
-diversity; K-step chains are unrolled on CPU and scanned with rematerialisation elsewhere, or swept by their adjoint.
+diversity; K-step chains are scanned, with rematerialisation except on CPU, or swept by their adjoint.
 """
 
 from __future__ import annotations

@@ -82,26 +82,20 @@ LINKS: dict[str, Callable[..., Array]] = {"logistic": logistic, "rdpo": rdpo, "i
 
 
 def chained(denoise: Denoise, cond: Any, sampler: Sampler, x: Array, noises: Array, start: int, *,
-            unroll: bool | None = None) -> Array:  # fmt: skip
+            remat: bool | None = None) -> Array:  # fmt: skip
     """The end [B,...] of the chain walked from x at step `start`, differentiable through every step.
 
-    noises [T - start, B, ...]: the z of each step. Scan with every network call rematerialised, so that memory grows by
-    one state a step. unroll None: on CPU unrolled and kept, because there a convolution's backward inside a scan is 45
-    times slower; elsewhere a scan.
+    noises [T - start, B, ...]: the z of each step. remat: network calls are recomputed in the backward pass, so that memory
+    grows by one state a step; None: except on CPU.
     """
-    unroll = jax.default_backend() == "cpu" if unroll is None else unroll
-    times = jnp.asarray(sampler.grid.t)
+    remat = jax.default_backend() != "cpu" if remat is None else remat
+    times, call = jnp.asarray(sampler.grid.t), jax.checkpoint(denoise) if remat else denoise
 
     def step(x: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
         i, z = inputs
-        call = denoise if unroll else jax.checkpoint(denoise)
         step_ = transition(sampler, i, x, call(x, jnp.broadcast_to(times[i], x.shape[:1]), cond))
         return step_.mean + expand(step_.std, x) * z, None
 
-    if unroll:  # by hand: a scan of one step, K = 1, stays a loop whatever its unroll
-        for j in range(sampler.num_steps - start):
-            x, _ = step(x, (jnp.asarray(start + j), noises[j]))
-        return x
     return jax.lax.scan(step, x, (jnp.arange(start, sampler.num_steps), noises))[0]
 
 
@@ -113,13 +107,12 @@ def chain_adjoints(denoise: Denoise, cond: Any, sampler: Sampler, states: Array,
     has exactly the gradient of `chained`, at a memory that does not grow with the number of steps.
     """
     times = jnp.asarray(sampler.grid.t)
-    adjoint, out = end_gradient, []
-    for k in reversed(range(start, sampler.num_steps)):
-        x = states[k - start]
-        t = jnp.broadcast_to(times[k], x.shape[:1])
-        output, pull_network = jax.vjp(lambda x, t=t: denoise(x, t, cond), x)
-        _, pull_step = jax.vjp(lambda x, o, k=k: transition(sampler, k, x, o).mean, x, output)
+
+    def back(adjoint: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        i, x = inputs
+        output, pull_network = jax.vjp(lambda x: denoise(x, jnp.broadcast_to(times[i], x.shape[:1]), cond), x)
+        _, pull_step = jax.vjp(lambda x, o: transition(sampler, i, x, o).mean, x, output)
         to_x, to_output = pull_step(adjoint)
-        out.append(to_output)
-        adjoint = to_x + pull_network(to_output)[0]
-    return jnp.stack(out[::-1])
+        return to_x + pull_network(to_output)[0], to_output
+
+    return jax.lax.scan(back, end_gradient, (jnp.arange(start, sampler.num_steps), states), reverse=True)[1]

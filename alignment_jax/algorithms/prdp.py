@@ -74,9 +74,9 @@ def prdp(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, beta: floa
             return (sums[0] + ratio, sums[1] + near), jnp.abs(ratio - old)
 
         x, mean_ref, ratio = (jnp.moveaxis(items[name], 1, 0) for name in ("x", "mean_ref", "ratio"))
-        zero, cpu = jnp.zeros(len(keys)), jax.default_backend() == "cpu"  # there neither scanned nor recomputed, as in `chained`
+        zero, kept = jnp.zeros(len(keys)), step if jax.default_backend() == "cpu" else jax.checkpoint(step)  # as in `chained`
         walked = (jnp.asarray(steps), x[steps], x[steps + 1], mean_ref[steps], ratio[steps])
-        sums, moved = jax.lax.scan(step if cpu else jax.checkpoint(step), (zero, zero), walked, unroll=cpu)
+        sums, moved = jax.lax.scan(kept, (zero, zero), walked)
         plain, clipped = (jnp.square(s - items["goal"]) for s in sums)
         value = jnp.where(items["scored"], 2 * group / (group - 1) * jnp.maximum(plain, clipped), 0.0)
         return value, {"log_ratio/moved_max": moved.max(0), "ratio/clip_fraction": (moved > clip).mean(0)}

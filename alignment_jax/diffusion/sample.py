@@ -60,8 +60,8 @@ def gaussian_noise(key: Array, i: Array, step: Transition) -> Array:
 
 def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array, *, start: int = 0,
            stop: int | None = None, control: Control | None = None, noise: Noise = gaussian_noise,
-           select: Select | None = None, carry: Any = None, keep: bool = False, noise_scale: Array | None = None,
-           unroll: int | bool = 1) -> tuple[Array, Trajectory | Any]:  # fmt: skip
+           select: Select | None = None, carry: Any = None, keep: bool = False, noise_scale: Array | None = None
+           ) -> tuple[Array, Trajectory | Any]:  # fmt: skip
     """Walks the chain from x_T [B, ...] at step `start` to step `stop` (default: the end); one `lax.scan`.
 
     Args:
@@ -74,7 +74,6 @@ def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array
         permutes x must permute every array of the State with it.
       noise_scale: what each step's noise [T] is multiplied by, with the mean that belongs to it; 0: a step of the ODE.
       keep: return the Trajectory; otherwise the second result is the final carry.
-      unroll: passed to scan. On CPU a convolution's backward inside a scan is tens of times slower: unroll there.
 
     Returns (x0 [B, ...], Trajectory) with keep, else (x0 [B, ...], carry).
     """
@@ -100,7 +99,7 @@ def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array
         return state, ((x, step_.x0) if keep else None)
 
     x_T = jnp.asarray(x_T, jnp.float32)
-    state, kept = jax.lax.scan(step, State(x_T, x_T, carry, cond), jnp.arange(start, stop), unroll=unroll)
+    state, kept = jax.lax.scan(step, State(x_T, x_T, carry, cond), jnp.arange(start, stop))
     if kept is None:
         return state.x, state.carry
     return state.x, Trajectory(jnp.concatenate([kept[0], state.x[None]]), kept[1])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .blocks import Attention, ResnetBlock, conv3x3, group_norm, read_config, upsample
+from .convolution import Conv
 
 Array = jax.Array
 EPSILON = 1e-6
@@ -124,9 +125,9 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(2 * self.latent_channels, *shared)
         self.decoder = Decoder(self.out_channels, *shared, self.remat)
         if self.use_quant_conv:
-            self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+            self.quant_conv = Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
         if self.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+            self.post_quant_conv = Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
     def __call__(self, pixels: Array) -> Array:
         """Pixels [B,H,W,3] to the mean latents and back."""
@@ -190,7 +191,7 @@ class TinyEncoder(nn.Module):
         """[B,H,W,3] -> [B,h,w,features]."""
         n = 0
         for i, (width, blocks) in enumerate(zip(self.channels, self.blocks)):
-            x = nn.Conv(width, (3, 3), strides=2 if i else 1, padding=1, use_bias=i == 0, dtype=self.dtype,
+            x = Conv(width, (3, 3), strides=2 if i else 1, padding=1, use_bias=i == 0, dtype=self.dtype,
                         name=f"layers.{n}")(x)  # fmt: skip
             for j in range(blocks):
                 x = TinyBlock(self.dtype, name=f"layers.{n + 1 + j}")(x)
@@ -216,7 +217,7 @@ class TinyDecoder(nn.Module):
             n += blocks
             if i == len(self.channels) - 1:
                 return conv3x3(f"layers.{n}", self.features, self.dtype)(x)
-            x = nn.Conv(width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name=f"layers.{n + 1}")(upsample(x))
+            x = Conv(width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name=f"layers.{n + 1}")(upsample(x))
             n += 2
         raise ValueError("decoder_block_out_channels is empty")
 

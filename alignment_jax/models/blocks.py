@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .convolution import Conv
 from .layers import attention, show, unfused
 
 Array = jax.Array
@@ -56,12 +57,12 @@ def group_norm(name: str, groups: int, epsilon: float) -> GroupNorm:
 
 def conv3x3(name: str, features: int, dtype: Any, *, stride: int = 1, padding: Any = 1) -> nn.Conv:
     """A 3x3 convolution, padded by one on every side; "SAME" would shift a strided one by a pixel."""
-    return nn.Conv(features, (3, 3), strides=stride, padding=padding, dtype=dtype, name=name)
+    return Conv(features, (3, 3), strides=stride, padding=padding, dtype=dtype, name=name)
 
 
 def conv1x1(name: str, features: int, dtype: Any) -> nn.Conv:
     """A pointwise convolution: its kernel is [1,1,in,out] in the checkpoint."""
-    return nn.Conv(features, (1, 1), dtype=dtype, name=name)
+    return Conv(features, (1, 1), dtype=dtype, name=name)
 
 
 def upsample(x: Array, like: Array | None = None) -> Array:

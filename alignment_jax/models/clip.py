@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .convolution import Conv
 from .layers import attention
 
 Array = jax.Array
@@ -135,7 +136,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"pixels {list(pixels.shape)}; this vision tower takes [B,{n},{n},3] (channels come last): resize "
                              "them first, as rewards/preprocess.py does")  # fmt: skip
         p = self.patch_size
-        x = nn.Conv(width, (p, p), strides=p, padding="VALID", use_bias=False, dtype=self.dtype,
+        x = Conv(width, (p, p), strides=p, padding="VALID", use_bias=False, dtype=self.dtype,
                     name="embeddings.patch_embedding")(pixels)  # fmt: skip
         x = x.reshape(b, -1, width)
         first = _Vector(width, name="embeddings")()

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .convolution import Conv
+
 Array = jax.Array
 
 
@@ -78,7 +80,7 @@ class ResBlock(nn.Module):
     def __call__(self, x: Array, embedding: Array) -> Array:
         """x [B,H,W,C], embedding [B,E] -> [B,H,W,features]."""
         norm = lambda name: nn.GroupNorm(8, dtype=jnp.float32, name=name)  # noqa: E731
-        conv = lambda name, init: nn.Conv(  # noqa: E731
+        conv = lambda name, init: Conv(  # noqa: E731
             self.features, (3, 3), dtype=self.dtype, kernel_init=init, name=name
         )
         h = conv("conv_in", nn.initializers.lecun_normal())(nn.silu(norm("norm_in")(x)).astype(self.dtype))

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .convolution import Conv
 from .layers import JointAttention, ResBlock, depth_to_space, space_to_depth, timestep_embedding
 
 Array = jax.Array
@@ -32,7 +33,7 @@ class PixelUNet(nn.Module):
         block = lambda n, name, x: ResBlock(n, self.dtype, name=name)(x, e)  # noqa: E731
         attend = lambda name, x: JointAttention(self.heads, self.dtype, name=name)(x, text, mask)  # noqa: E731
 
-        h = nn.Conv(outer, (3, 3), dtype=self.dtype, name="conv_in")(space_to_depth(x.astype(self.dtype), self.patch))
+        h = Conv(outer, (3, 3), dtype=self.dtype, name="conv_in")(space_to_depth(x.astype(self.dtype), self.patch))
         h = h + self.param("position", nn.initializers.normal(0.02), (h.shape[1], h.shape[2], outer)).astype(h.dtype)
         h = skip = attend("down_attention", block(outer, "down_block", h))
         h = dense(inner, "down")(space_to_depth(h, 2))
@@ -43,6 +44,6 @@ class PixelUNet(nn.Module):
         h = block(outer, "up_block_0", jnp.concatenate([h, skip], -1))
         h = block(outer, "up_block_1", attend("up_attention", h))
         h = nn.silu(nn.GroupNorm(8, dtype=jnp.float32, name="norm_out")(h)).astype(self.dtype)
-        out = nn.Conv(self.channels * self.patch**2, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros_init(),
+        out = Conv(self.channels * self.patch**2, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros_init(),
                       name="conv_out")(h)  # fmt: skip
         return depth_to_space(out, self.patch).astype(jnp.float32)

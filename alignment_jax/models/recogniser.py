@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .convolution import Conv
 from .layers import space_to_depth
 
 Array = jax.Array
@@ -23,7 +24,7 @@ class StridedCNN(nn.Module):
         """images [B,32,32,3] in [0, 1] -> ({head: logits [B, n + 1]}, features [B, 192])."""
         x = 2.0 * images - 1.0
         for i, (width, stride) in enumerate(((48, 2), (96, 1), (96, 2), (160, 1), (160, 2), (192, 1))):
-            x = nn.Conv(width, (3, 3), (stride, stride), name=f"conv_{i}")(x)
+            x = Conv(width, (3, 3), (stride, stride), name=f"conv_{i}")(x)
             x = nn.silu(nn.LayerNorm(name=f"norm_{i}")(x))
         x = nn.silu(nn.Dense(192, name="features")(jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], -1)))
         return {name: nn.Dense(n + 1, name=f"head_{name}")(x) for name, n in self.heads.items()}, x
@@ -37,12 +38,12 @@ class PatchResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> tuple[dict[str, Array], Array]:
         """images [B,32,32,3] in [0, 1] -> ({head: logits [B, n + 1]}, features [B, 256])."""
-        x = nn.Conv(32, (3, 3), name="stem")(space_to_depth(2.0 * images - 1.0, 2))
+        x = Conv(32, (3, 3), name="stem")(space_to_depth(2.0 * images - 1.0, 2))
         for i, (width, down) in enumerate(((32, False), (64, True), (64, False), (96, True), (96, False))):
             if down:
                 x = nn.Dense(width, name=f"down_{i}")(space_to_depth(x, 2))
-            h = nn.Conv(width, (3, 3), name=f"conv_a_{i}")(nn.relu(nn.GroupNorm(8, name=f"norm_a_{i}")(x)))
-            h = nn.Conv(width, (3, 3), name=f"conv_b_{i}")(nn.relu(nn.GroupNorm(8, name=f"norm_b_{i}")(h)))
+            h = Conv(width, (3, 3), name=f"conv_a_{i}")(nn.relu(nn.GroupNorm(8, name=f"norm_a_{i}")(x)))
+            h = Conv(width, (3, 3), name=f"conv_b_{i}")(nn.relu(nn.GroupNorm(8, name=f"norm_b_{i}")(h)))
             x = x + h
         x = nn.relu(nn.GroupNorm(8, name="norm_out")(x))
         # positions count: a mouth on the forehead is no mouth

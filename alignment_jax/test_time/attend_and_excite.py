@@ -12,7 +12,7 @@ import numpy as np
 
 from ..diffusion import Sampler, draw, sample
 from ..diffusion.sample import State
-from .base import Info, Method, Needs, Networks, Tree, ascent, start, unrolled
+from .base import Info, Method, Needs, Networks, Tree, ascent, start
 
 Array = jax.Array
 # a_s that is asked for from a place in the chain on; steps 0, 10 and 20 of 50 in the paper
@@ -88,8 +88,7 @@ def attend_and_excite(sampler: Sampler, shape: tuple[int, ...], *, strength: flo
         if steps == 0 or strength == 0:
             return draw(keys, networks["policy"], cond, sampler, shape)[0], {}
         x_T, info = excite(jnp.int32(0), x_T, {"refinements": jnp.zeros(len(keys), jnp.int32)})
-        unroll = length if unrolled() else 1
-        out: tuple[Array, Any] = sample(keys_of_steps, networks["policy"], cond, sampler, x_T, select=select, carry=info, unroll=unroll)
+        out: tuple[Array, Any] = sample(keys_of_steps, networks["policy"], cond, sampler, x_T, select=select, carry=info)
         return out
 
     return Method(Needs(attention=True), draw_)

@@ -156,8 +156,3 @@ def climb(value: Callable[[Array | int, Tree], tuple[Array, tuple[Array, Info]]]
         (z, _, best), _ = jax.lax.scan(step, (z, jax.vmap(optimizer.init)(z), best), jnp.arange(iterations))
     x0, info, first = better(best, iterations, value(iterations, z)[1])
     return x0, {**info, "gain": info["reward"] - first}
-
-
-def unrolled() -> bool:
-    """Whether a loop with a convolution's backward in it is to be unrolled: on CPU, where scanned it is tens of times slower."""
-    return jax.default_backend() == "cpu"

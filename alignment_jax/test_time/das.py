@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..diffusion import Sampler, expand, fold_in, gaussian_noise, normal, transition
 from . import resampling
-from .base import Info, Method, Needs, Networks, Tree, ascent, clean, grouped, repeat, spread, start, unrolled
+from .base import Info, Method, Needs, Networks, Tree, ascent, clean, grouped, repeat, spread, start
 
 Array = jax.Array
 
@@ -73,6 +73,6 @@ def population(keys: Array, networks: Networks, data: Tree, *, sampler: Sampler,
         return (x, move.x0, resampling.Weights(log_w, log_g.reshape(batch, n), weights.lam)), None
 
     begin = (x, x, resampling.equal(batch, n))
-    (x, _, weights), _ = jax.lax.scan(step, begin, jnp.arange(sampler.num_steps), unroll=sampler.num_steps if unrolled() else 1)
+    (x, _, weights), _ = jax.lax.scan(step, begin, jnp.arange(sampler.num_steps))
     reward = grouped(networks["reward"](fold_in(keys, 2 * sampler.num_steps + 1), x, condition), n)
     return x, reward, resampling.final(weights, resampling.possible(reward, alpha))

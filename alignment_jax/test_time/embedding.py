@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ..diffusion import Denoise, Sampler, State, fold_in, sample
-from .base import Info, Method, Needs, Networks, Tree, ascent, clean, climb, start, unrolled, walk
+from .base import Info, Method, Needs, Networks, Tree, ascent, clean, climb, start, walk
 
 Array = jax.Array
 Embedding = list[Array]
@@ -87,8 +87,7 @@ def date(sampler: Sampler, shape: tuple[int, ...], *, every: int = 10, rho: floa
         cond = update(0, x_T, rebuild(first)) if on else data["cond"]
         again = on and every < steps - 1
         keep = lambda key, i, state: (select(key, i, state) if again else state)._replace(carry=state.cond)  # noqa: E731
-        x0, cond = sample(step_keys, networks["policy"], cond, sampler, x_T, select=keep if on else None, carry=cond,
-                          unroll=steps if again and unrolled() else 1)  # fmt: skip
+        x0, cond = sample(step_keys, networks["policy"], cond, sampler, x_T, select=keep if on else None, carry=cond)
         moved = distance(movable(cond, len(keys))[0], first)
         return x0, {"reward": networks["reward"](keys, x0, data["condition"]), "moved": moved}
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..diffusion import Sampler, draw, expand, fold_in, gaussian_noise, predict, renoise, target, transition
-from .base import Info, Method, Needs, Networks, Tree, ascent, clean, grouped, repeat, spread, start, unrolled
+from .base import Info, Method, Needs, Networks, Tree, ascent, clean, grouped, repeat, spread, start
 
 Array = jax.Array
 Pair = tuple[float, float]
@@ -110,8 +110,7 @@ def reward_guidance(sampler: Sampler, shape: tuple[int, ...], push: Push, *, on:
         if on and any(pushed):
             carry = (x_T, x_T)
             for pushes, part in parts:
-                unroll = int(part.sum()) if pushes and unrolled() else 1
-                carry = jax.lax.scan(partial(step, pushes), carry, walk[part], unroll=unroll)[0] if part.any() else carry
+                carry = jax.lax.scan(partial(step, pushes), carry, walk[part])[0] if part.any() else carry
             x0 = carry[0]
         else:
             x0, _ = draw(keys, networks["policy"], cond, sampler, shape)
@@ -184,7 +183,7 @@ def universal_guidance(sampler: Sampler, shape: tuple[int, ...], *, alpha: float
 
     def push(look: Look) -> tuple[Array, float]:
         climb = lambda delta, _: (delta + rate * look.rise(look.x0 + delta), None)  # noqa: E731
-        delta, _ = jax.lax.scan(climb, jnp.zeros_like(look.x0), None, backward, unroll=max(backward, 1) if unrolled() else 1)
+        delta, _ = jax.lax.scan(climb, jnp.zeros_like(look.x0), None, backward)
         return delta + tilt(look) / alpha, 0.0
 
     return reward_guidance(sampler, shape, push, on=alpha < math.inf or backward > 0, window=window, repeats=recurrences, travel=window,

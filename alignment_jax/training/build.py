@@ -306,8 +306,8 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
         given["cond"] = jax.eval_shape(bundle.encode_text, params, jnp.asarray(bundle.tokenize([""])))
     algorithm = call(factory, method, "method", sampler=sampler_, **given)
     if algorithm.needs.reward and reward_ is None:
-        fits = NOISY if algorithm.needs.reward == "state" else f"Set config.reward to one of {', '.join(REWARDS)}"
-        raise ValueError(f"method {config.method.name} needs a reward. {fits}")
+        choices = NOISY if algorithm.needs.reward == "state" else f"Set config.reward to one of {', '.join(REWARDS)}"
+        raise ValueError(f"method {config.method.name} needs a reward. {choices}")
     if algorithm.needs.reward == "gradient" and reward_ is not None and not reward_.differentiable:
         fits = [n for n, e in ALGORITHMS.items() if n != config.method.name and not _needs_gradient(e)]
         raise ValueError(f"method {config.method.name} takes gradients of the reward, and {reward_.name!r} has none; "

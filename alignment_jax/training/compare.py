@@ -31,56 +31,65 @@ def compare(file: str, names: Sequence[str], nfes: Sequence[int], out: str | Pat
             sizes: dict[str, int] | None = None) -> str:  # fmt: skip
     """Measures the methods that `file` names at each budget, writes NAME.json into `out`, and the table and figure of all there.
 
-    Plain sampling by the file's first config is measured once, as "base". run: a run that is steered instead of the model itself.
-    sizes: num_prompts, samples instead of the configs'. Returns the table. Raises ValueError for a name that the file does
-    not have, and for a budget below a method's smallest.
+    Plain sampling by the file's first config is measured once, as "base"; a method whose sampler is another has its own "base" in
+    its file. run: a run that is steered instead of the model itself. sizes: num_prompts, samples instead of the configs'. Budgets
+    too small for a method are left out. Returns the table. Raises ValueError for a name that the file does not have, and for a
+    method that no budget is enough for.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"no config at {file}; run this in a checkout of the project, or give --config")
     module = runpy.run_path(file)
     names = module["ARGUMENTS"] if list(names) == ["all"] else names
-    configs = {name: module["get_config"](name) for name in names}
-    plans = {name: [planned(config, n) for n in nfes] for name, config in configs.items()}  # what is wrong is said before work
+    configs = {name: module["get_config"](name) for name in (module["ARGUMENTS"][0], *names)}
+    plans = {name: planned(configs[name], nfes) for name in names}  # what is wrong is said before work
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    for config in configs.values():
+        config.update(sizes or {})
+    first, plain_ = configs[module["ARGUMENTS"][0]], dict[str, Any]()
     if not (folder / "base.json").exists():
-        config = module["get_config"](module["ARGUMENTS"][0])
-        config.update(sizes or {})
-        _write(folder / "base.json", config, [measured(config, None, seed, run)], seed, run)
-    for name, config in configs.items():
-        config.update(sizes or {})
-        points: list[dict[str, Any]] = []
-        for nfe, settings in zip(nfes, plans[name], strict=True):
-            if any(p["method"] == settings for p in points):  # a method without a budget, or whose next step is far
-                continue
+        _write(folder / "base.json", first, [measured(first, None, seed, run)], seed, run)
+    for name in names:
+        config, sampling = configs[name], str(configs[name].sampling)
+        if sampling != str(first.sampling) and sampling not in plain_:
+            plain_[sampling] = measured(config, None, seed, run)
+        points = []
+        for nfe, settings in plans[name]:
             print(f"{name} within {nfe} calls: {settings}", flush=True)
             points.append({"nfe": nfe, **measured(config, settings, seed, run)})
-        _write(folder / f"{name}.json", config, points, seed, run)
+        _write(folder / f"{name}.json", config, points, seed, run, base=plain_.get(sampling))
     return page(folder)
 
 
-def planned(config: Any, nfe: int) -> dict[str, Any]:
-    """The method's settings with the largest budget of at most nfe network calls a sample. Raises ValueError below one."""
+def planned(config: Any, nfes: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
+    """For each budget of nfe network calls a sample the method's settings with the largest budget of at most these.
+
+    A budget below the least, and one that buys no more than the one before it, is left out. Raises ValueError if all are.
+    """
     settings = dict(config.method)
     bundle, _, _ = build.described(config)
     sampler, guidance = build.sampler(config, bundle)
     steering.method(bundle=bundle, sampler=sampler, guidance=guidance, reward=build.reward(config), **split(settings))
     budget = TEST_TIME[settings["name"]].budget
 
-    def calls(n: int | None) -> int:
-        given = settings if n is None else settings | {budget: n}
-        return network_calls(steering.cost(**split(given), sampler=sampler, guidance_scale=guidance.scale))
+    def given(n: int) -> dict[str, Any]:
+        return settings | ({budget: n} if budget else {})
 
-    least = calls(1 if budget else None)
-    if least > nfe:
-        raise ValueError(f"method {settings['name']} costs at least {least} network calls a sample here; --nfe={nfe} is below that")
-    if budget is None:
-        return settings
-    n, more = 1, calls(2) - least
-    n += (nfe - least) // more
-    while n > 1 and calls(n) > nfe:  # not all methods' costs are a straight line
-        n -= 1
-    return settings | {budget: n}
+    def calls(n: int) -> int:
+        return network_calls(steering.cost(**split(given(n)), sampler=sampler, guidance_scale=guidance.scale))
+
+    least = calls(1)
+    more = calls(2) - least
+    found: list[tuple[int, dict[str, Any]]] = []
+    for nfe in sorted(n for n in nfes if n >= least):
+        n = 1 + (nfe - least) // more if more else 1
+        while n > 1 and calls(n) > nfe:  # not all methods' costs are a straight line
+            n -= 1
+        if all(given(n) != before for _, before in found):
+            found.append((nfe, given(n)))
+    if not found:
+        raise ValueError(f"method {settings['name']} costs at least {least} network calls a sample here; --nfe={max(nfes)} is below that")
+    return found
 
 
 def measured(config: Any, settings: dict[str, Any] | None, seed: int, run: str) -> dict[str, Any]:
@@ -114,13 +123,16 @@ def measured(config: Any, settings: dict[str, Any] | None, seed: int, run: str) 
 
 def page(folder: Path) -> str:
     """Writes comparison.md and comparison.png of all methods measured in a folder; returns the table."""
-    base, curves = _read(folder)
+    base, bases, curves = _read(folder)
     rate = base["gold"]["high"] <= 1 and base["gold"]["low"] >= 0
     (folder / "comparison.png").write_bytes(figures.budget_curves(curves, base, rate=rate))
     rows = ["| method | settings | calls | decodes | reward | its gradient | gold | proxy | diversity | seconds | temporary MB | alarm |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", _row("base", base, base, "")]  # fmt: skip
     for name in sorted(curves):
-        points = [base, *curves[name]]
+        plain_ = bases.get(name, base)
+        points = [plain_, *curves[name]]
+        if name in bases:
+            rows.append(_row(f"plain, as {name} samples", plain_, base, ""))
         fired = alarm([p["proxy"] for p in points], [p["gold"] for p in points])["fired"]
         rows += [_row(name, point, base, "fires" if fired and i == len(curves[name]) - 1 else "") for i, point in enumerate(curves[name])]
     text = "\n".join(rows) + "\n"
@@ -132,9 +144,11 @@ def page(folder: Path) -> str:
     return text
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """(plain sampling, that of methods with another sampler, the points of all methods)."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
-    return found.pop("base")["points"][0], {name: f["points"] for name, f in found.items()}
+    base = found.pop("base")["points"][0]
+    return base, {name: f["base"] for name, f in found.items() if f.get("base")}, {name: f["points"] for name, f in found.items()}
 
 
 def _row(name: str, point: dict[str, Any], base: dict[str, Any], fired: str) -> str:
@@ -147,6 +161,6 @@ def _row(name: str, point: dict[str, Any], base: dict[str, Any], fired: str) -> 
             f"{point['temporary_bytes'] / 1e6:.0f} | {fired} |")  # fmt: skip
 
 
-def _write(path: Path, config: Any, points: list[dict[str, Any]], seed: int, run: str) -> None:
-    plain_config = json.loads(config.to_json_best_effort())
-    save_json(path, {"name": path.stem, "seed": seed, "run": run, "config": plain_config, "points": points})
+def _write(path: Path, config: Any, points: list[dict[str, Any]], seed: int, run: str, base: dict[str, Any] | None = None) -> None:
+    about = {"name": path.stem, "seed": seed, "run": run, "config": json.loads(config.to_json_best_effort())}
+    save_json(path, {**about, **({"base": base} if base else {}), "points": points})

@@ -153,7 +153,9 @@ def taught(teacher: Any, pairs: Pairs, rows: np.ndarray) -> Pairs:
     Its odds tell more than one yes or no: what is too little to learn pictures under noise from is enough to learn pictures
     from, and these teach the rest.
     """
-    compare, p = by_reward(build.reward({"reward": teacher}), soft=True), pairs.p.astype(np.float64).copy()
+    reward = build.reward({"reward": teacher})
+    assert reward is not None, "check() asks for a teacher"
+    compare, p = by_reward(reward, soft=True), pairs.p.astype(np.float64).copy()
     for i in range(0, len(rows), CHUNK):
         part = rows[i : i + CHUNK]
         a, b = (pairs.sides(part)[side] / np.float32(255) for side in ("a", "b"))

@@ -152,9 +152,7 @@ def test_on_critters_the_least_subject_is_looked_at_more():
     networks = {"policy": partial(bundle.denoise, params), "attention": partial(bundle.attention, params)}
     method = attend_and_excite(sampler, bundle.sample_shape, strength=300.0, share=0.25, refinements=4, sharpness=20.0, thresholds={0: 1})
     keys = jax.random.split(jax.random.key(0), 2)
-    with pytest.MonkeyPatch.context() as patch:  # scanned, as on an accelerator, so that little is compiled
-        patch.setitem(attend_and_excite.__globals__, "unrolled", lambda: False)
-        _, info = jax.jit(lambda k: method.draw(k, networks, {"cond": cond, "subjects": numbers}))(keys)
+    _, info = jax.jit(lambda k: method.draw(k, networks, {"cond": cond, "subjects": numbers}))(keys)
     x_T, _ = start(keys, sampler, bundle.sample_shape)
     before = attended(jax.jit(bundle.attention)(params, x_T, jnp.full(2, sampler.grid.t[0]), cond), numbers, 20.0)
     assert (info["attention"] > 1.05 * before).all() and (info["refinements"] == 4).all(), (before, info)

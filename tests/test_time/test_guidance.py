@@ -17,12 +17,6 @@ M, V = 0.5, 0.64
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def scanned(monkeypatch):
-    """The loop as on an accelerator: hundreds of steps unrolled would compile for minutes, and there is no convolution here."""
-    monkeypatch.setattr(g, "unrolled", lambda: False)
-
-
 def network(schedule):
     """E[eps | x_t] of x0 ~ N(M, V)."""
     return lambda x, t, c: gaussian.exact(x, schedule.alpha(t)[:, None], schedule.sigma(t)[:, None], M, V)

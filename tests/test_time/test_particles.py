@@ -21,12 +21,6 @@ MEAN, VAR = 0.49793, 0.56148  # of the chain's end, by its linear recursion: noi
 LINEAR, SQUARE = "linear", "square"
 
 
-@pytest.fixture(autouse=True)
-def scanned(monkeypatch):
-    """The unrolled loop is for convolutions; here it would only be compiled fifty times."""
-    monkeypatch.setattr(das, "unrolled", lambda: False)
-
-
 @cache
 def toy() -> Sampler:
     """The chain of 50 steps that ends at Stable Diffusion's cleanest time, whose last step has noise too."""

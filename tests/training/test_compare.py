@@ -17,12 +17,16 @@ CONFIG = runpy.run_path(FILE)["get_config"]
 
 @pytest.mark.parametrize(("nfe", "n"), [(16, 1), (47, 2), (48, 3), (106, 6)])
 def test_the_largest_budget_within_the_calls_is_found_and_guidance_costs_twice(nfe, n):
-    assert compare.planned(CONFIG("best_of_n"), nfe) == {"name": "best_of_n", "n": n}
+    assert compare.planned(CONFIG("best_of_n"), [nfe]) == [(nfe, {"name": "best_of_n", "n": n})]
+
+
+def test_budgets_too_small_for_a_method_or_that_buy_no_more_are_left_out():
+    assert [(nfe, s["n"]) for nfe, s in compare.planned(CONFIG("best_of_n"), [15, 40, 32, 33])] == [(32, 2)]
 
 
 def test_a_budget_below_one_sample_is_refused_before_anything_is_drawn(tmp_path):
     with pytest.raises(ValueError, match="at least 16 network calls a sample here; --nfe=15 is below that"):
-        compare.compare(FILE, ["best_of_n"], [100, 15], tmp_path / "out")
+        compare.compare(FILE, ["best_of_n"], [15, 9], tmp_path / "out")
     with pytest.raises(ValueError, match="choose one of"):
         compare.compare(FILE, ["no_such"], [100], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -36,6 +40,13 @@ def test_methods_are_measured_beside_plain_sampling(tmp_path):
     assert one["gold"] == base[0]["gold"] and one["proxy"] == base[0]["proxy"], "one sample of n is plain sampling, noise and all"
     assert two["proxy"]["mean"] >= one["proxy"]["mean"] and abs(two["info"]["reward"] - two["proxy"]["mean"]) < 1e-4
     assert len(table.splitlines()) == 5 and (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_a_method_with_another_sampler_is_held_against_plain_sampling_with_that(tmp_path):
+    table = compare.compare(FILE, ["best_of_n", "best_of_n_still"], [16], tmp_path, sizes={"num_prompts": 2, "samples": 1})
+    still = json.loads((tmp_path / "best_of_n_still.json").read_text())
+    assert still["base"]["proxy"] == still["points"][0]["proxy"] and "plain, as best_of_n_still samples" in table
+    assert "base" not in json.loads((tmp_path / "best_of_n.json").read_text())
 
 
 def test_the_alarm_stands_beside_the_last_budget_where_the_proxy_rose_and_gold_fell(tmp_path):
