@@ -53,20 +53,19 @@ def _forward(x: Array, kernel: Array, strides: tuple[int, ...], padding: Pairs) 
 
 def _backward(strides: tuple[int, ...], padding: Pairs, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    # by x: dy, with zeros where a stride left out, convolved with the kernel turned round
-    zero = jnp.zeros((), dy.dtype)
-    apart = jax.lax.pad(dy, zero, [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
-    pads = [(k - 1 - low, n + low - wide) for k, n, (low, _), wide in zip(kernel.shape, x.shape[1:3], padding, apart.shape[1:3])]
-    dx = jax.lax.conv_general_dilated(apart, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), (1, 1), pads, dimension_numbers=NHWC)
-    # by the kernel: one product for each of its places
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    (height, width), (s, r) = dy.shape[1:3], strides
+    (height, width), (rows, columns) = x.shape[1:3], kernel.shape[:2]
+    # zeros where a stride left out and round the border: every place of the kernel sees a window [height, width] of this
+    edges = [(k - 1 - low, n + low - (m - 1) * s - 1, s - 1)
+             for k, n, (low, _), m, s in zip(kernel.shape, x.shape[1:3], padding, dy.shape[1:3], strides)]  # fmt: skip
+    around = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    dx = jax.lax.conv_general_dilated(around, turned, (1, 1), "VALID", dimension_numbers=NHWC)
 
     def place(a: int, c: int) -> Array:
-        part = padded[:, a : a + (height - 1) * s + 1 : s, c : c + (width - 1) * r + 1 : r]
-        return jnp.einsum("bhwi,bhwo->io", part, dy, preferred_element_type=jnp.float32)
+        window = around[:, rows - 1 - a : rows - 1 - a + height, columns - 1 - c : columns - 1 - c + width]
+        return jnp.einsum("bhwi,bhwo->io", x, window, preferred_element_type=jnp.float32)
 
-    dk = jnp.stack([jnp.stack([place(a, c) for c in range(kernel.shape[1])]) for a in range(kernel.shape[0])])
+    dk = jnp.stack([jnp.stack([place(a, c) for c in range(columns)]) for a in range(rows)])
     return dx, dk.astype(kernel.dtype)
 
 
