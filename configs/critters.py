@@ -123,6 +123,8 @@ def get_config(method: str = "default") -> ConfigDict:
     c.reward = "critters_proxy"  # or "module:function", or [("name", weight), ...]
     c.reward_errors = "raise"  # "mask": go on without the pictures on which a host reward fails
     c.method = ConfigDict({"name": "draft", "k": 4, "anchor_weight": 2.0})
+    c.aggregate = ""  # how a reward of several columns becomes one number, such as "{'how': 'maxmin'}"
+    c.rollout = ""  # a test-time method whose samples are learned from, such as "{'name': 'fk', 'particles': 4}"
     c.optimizer = ConfigDict({"name": "adamw", "learning_rate": 1e-3, "b2": 0.99, "warmup_steps": 10, "clip_norm": 1.0,
                               "ema": 0.9})  # fmt: skip
     c.batch = ConfigDict({"prompts": 32, "group": 1, "microbatch": 32})
@@ -136,7 +138,8 @@ def get_config(method: str = "default") -> ConfigDict:
     })  # fmt: skip
     for field, value in CHANGES[method].items():
         if isinstance(value, dict):
-            c[field] = ConfigDict(value)
+            with c.ignore_type():
+                c[field] = ConfigDict(value)
         else:
             c.update_from_flattened_dict({field: value})
     return c

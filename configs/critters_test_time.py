@@ -19,11 +19,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "path_search": {"method": {"rounds": 2, "children": 2, "forward": 1, "back": 3}},
     "beam": {"method": {"children": 2, "lookahead": 1}},
     "fk": {"method": {"window": (0.25, 1.0), "every": 1, "choose": "best"}},
-    "das": {"method": {"choose": "best"}},
+    "das": {"method": {"strength": 0.3, "choose": "best"}},
     "svdd": {},
     "classifier_guidance": {},
     "dps": {},
-    "universal_guidance": {"method": {"backward": 2}},
+    "universal_guidance": {"method": {"alpha": float("inf"), "backward": 1, "rate": 0.3}},
     "freedom": {"method": {"window": (0.0, 1.0), "travel": (0.3, 0.6)}},
     "reno": {"method": {"learning_rate": 1.0}, **STILL},
     "dno": {"method": {"learning_rate": 0.05, "permutations": 4}},
@@ -33,6 +33,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "noise_stability": STILL,
     "zigzag": STILL,
     "attend_and_excite": {"method": {"refinements": 2}},
+    # over-optimisation on purpose: a proxy that knows clean pictures only, climbed through all noises
+    "dno_hacked": {"method": {"name": "dno", "learning_rate": 0.2, "alpha": 0.0, "permutations": 0}, "reward": "critters_fragile"},
 }  # fmt: skip
 ARGUMENTS = tuple(CHANGES)
 
@@ -47,9 +49,9 @@ def get_config(method: str = "best_of_n") -> ConfigDict:
     c.model_options = ConfigDict({"dtype": "float32"})
     c.method = ConfigDict({"name": method, **CHANGES[method].get("method", {})})
     c.sampling = ConfigDict({"num_steps": 8, "eta": 1.0, "guidance_scale": 2.0, **CHANGES[method].get("sampling", {})})
-    c.reward = "critters_proxy"
+    c.reward = CHANGES[method].get("reward", "critters_proxy")
     c.judge = "critters_gold"
     c.prompts = "critters:held_out"
     c.num_prompts = 64
-    c.samples = 4  # of each prompt
+    c.samples = 2  # of each prompt
     return c

@@ -101,6 +101,7 @@ def get_config(method: str = "draft_pickscore") -> ConfigDict:
     c.reward = either(changes.pop("reward", PICK))
     c.reward_errors = "raise"  # "mask": go on without the pictures on which a host reward fails
     c.aggregate = ""  # how a reward of several columns becomes one number, such as "{'how': 'maxmin'}"
+    c.rollout = ""  # a test-time method whose samples are learned from, such as "{'name': 'fk', 'particles': 4}"
     c.method = ConfigDict()
     c.optimizer = ConfigDict({"name": "adamw", "learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 1e-2, "clip_norm": 1.0,
                               "schedule": "constant", "warmup_steps": 0, "ema": 0.0})  # fmt: skip

@@ -27,6 +27,7 @@ from ..rewards.check import to_uint8
 from ..test_time import PROMPT_METHODS
 from ..weights.lora_files import read_lora
 from . import build, prompt_search, steering
+from .names import call
 from .programs import Guidance
 from .state import Partition, full_partition, lora_partition
 
@@ -85,7 +86,7 @@ def partition_of(config: Any) -> Partition:
     """What a config trains."""
     settings = dict(config.get("lora") or {})
     settings.pop("file", None)  # a run holds all of its factors itself
-    return build.call(lora_partition, settings, "lora") if settings else full_partition(config.get("trainable", "unet"))
+    return call(lora_partition, settings, "lora") if settings else full_partition(config.get("trainable", "unet"))
 
 
 def pictures(bundle: ModelBundle, params: Tree, texts: list[str], keys: jax.Array, settings: dict[str, Any],

@@ -20,6 +20,7 @@ from ..rewards.base import Reward
 from ..rewards.check import to_uint8
 from . import build
 from .generate import load_run, pictures
+from .names import call, named
 
 
 def label(*, model: str, run: str | None, prompts: str, annotator: Any, out: str, seed: int, pairs: int,
@@ -85,12 +86,12 @@ def _annotator(spec: Any, options: dict[str, Any]) -> tuple[str, Annotator, Rewa
         raise ValueError(f"an annotator with arguments needs a name beside them; got {', '.join(map(str, spec))}")
     name, kwargs = (spec, {}) if isinstance(spec, str) else (spec["name"], {k: v for k, v in spec.items() if k != "name"})
     if name in ANNOTATORS:
-        return name, build.call(ANNOTATORS[name], kwargs, f"annotator {name!r}"), None
-    found, made = build.named(name, {**ANNOTATORS, **REWARDS}, "annotator"), None
+        return name, call(ANNOTATORS[name], kwargs, f"annotator {name!r}"), None
+    found, made = named(name, {**ANNOTATORS, **REWARDS}, "annotator"), None
     of_rewards = {"reward", "rewards"} & kwargs.keys()
     if name not in REWARDS and not isinstance(found, Reward) and not of_rewards and (kwargs or not inspect.signature(found).parameters):
-        made = build.call(found, kwargs, f"annotator {name!r}")
+        made = call(found, kwargs, f"annotator {name!r}")
         if not isinstance(made, Reward):
             return name, made, None
     reward = made or build.one_reward(spec)
-    return reward.name if kwargs else name, build.call(by_reward, options, "option", reward=reward), reward
+    return reward.name if kwargs else name, call(by_reward, options, "option", reward=reward), reward

@@ -23,12 +23,12 @@ from ..diffusion import sample as sample_chain
 from ..models.bundle import ModelBundle
 from ..models.subjects import FUNCTION_WORDS, WORD
 from ..models.subjects import words as words_of
-from ..rewards import columns
 from ..rewards.base import Reward
 from ..rewards.check import score_host, to_uint8
 from ..test_time import PROMPT_METHODS
 from ..test_time.prompts import Found, Rewrite, Score, Search
 from .names import call, named
+from .steering import one_score
 
 Tree = Any
 Paint = Callable[[list[str], jax.Array], np.ndarray]
@@ -57,11 +57,7 @@ def planned(method: Mapping[str, Any], bundle: ModelBundle, reward: Reward | Non
     ConnectionError when nobody answers at the URL.
     """
     name, settings = method["name"], {k: v for k, v in method.items() if k != "name"}
-    if reward is None:
-        raise ValueError(f"method {name} needs a reward; set --reward (see: list rewards)")
-    if reward.noisy or columns(reward):
-        raise ValueError(f"method {name} needs one score of a picture, and {reward.name!r} gives "
-                         + ("scores of noisy states" if reward.noisy else f"{len(columns(reward))}: {', '.join(columns(reward))}"))
+    reward = one_score(name, reward)
     if x_T is not None:
         raise ValueError("--noise fixes the start of the plain chain, and a search draws on noises of its own; leave one out")
     numbers = {"noises": settings.pop("noises", 8), "held_out": settings.pop("held_out", 16)}

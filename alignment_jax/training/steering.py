@@ -19,7 +19,7 @@ from ..models.subjects import subjects as number_subjects
 from ..rewards import columns
 from ..rewards.base import Reward
 from ..rewards.check import score_host, to_uint8
-from ..test_time import TEST_TIME, Method
+from ..test_time import PROMPT_METHODS, TEST_TIME, Method
 from .calls import counted
 from .names import call, named
 from .programs import Guidance
@@ -34,12 +34,8 @@ def method(name: str, settings: Mapping[str, Any], bundle: ModelBundle, sampler:
     needs = made.needs
     if "subjects" in settings and not needs.attention:
         raise ValueError(f"method {name} reads no attention maps, so subjects={settings['subjects']!r} would change nothing; leave it out")
-    if needs.reward and reward is None:
-        raise ValueError(f"method {name} needs a reward; set --reward (see: list rewards)")
-    if needs.reward and reward is not None:
-        if reward.noisy or columns(reward):
-            raise ValueError(f"method {name} needs one score of a picture, and {reward.name!r} gives "
-                             + ("scores of noisy states" if reward.noisy else f"{len(columns(reward))}: {', '.join(columns(reward))}"))
+    if needs.reward:
+        reward = one_score(name, reward)
         if needs.reward == "gradient" and not (reward.device and reward.differentiable):
             fits = ", ".join(n for n, e in TEST_TIME.items() if e.reward == "value")
             raise ValueError(f"method {name} takes gradients of the reward, and {reward.name!r} has none; use a differentiable "
@@ -56,9 +52,21 @@ def method(name: str, settings: Mapping[str, Any], bundle: ModelBundle, sampler:
     return made
 
 
+def one_score(name: str, reward: Reward | None) -> Reward:
+    """The reward, for a method that follows it. Raises ValueError where there is none, and for one that gives no single score."""
+    if reward is None:
+        raise ValueError(f"method {name} needs a reward; set --reward (see: list rewards)")
+    if reward.noisy or columns(reward):
+        raise ValueError(f"method {name} needs one score of a picture, and {reward.name!r} gives "
+                         + ("scores of noisy states" if reward.noisy else f"{len(columns(reward))}: {', '.join(columns(reward))}"))
+    return reward
+
+
 def _made(name: str, settings: Mapping[str, Any], sampler: Sampler, shape: tuple[int, ...], guidance: Guidance) -> Method:
     """The method from its factory, which knows nothing of words: the setting "subjects" is for `subjects`."""
-    entry = named(name, TEST_TIME, "method")
+    if name in PROMPT_METHODS:
+        raise ValueError(f"method {name} searches texts, and only `sample` draws with it; here choose one of {', '.join(TEST_TIME)}")
+    entry = named(name, {**TEST_TIME, **PROMPT_METHODS}, "method")
     factory = entry.factory if hasattr(entry, "factory") else entry
     own = {k: v for k, v in settings.items() if k != "subjects"}
     made: Method = call(factory, own, f"method {name!r}", sampler=sampler, shape=shape, guidance=guidance.scale)
