@@ -15,12 +15,22 @@ The 0.7 was chosen on other held-out prompts. There, 280 steps with all of the c
 On 128 further held-out prompts that had part in no choice: base .541, seeds 0 / 1 / 2 .836 / .820 / .865 at .95 / .92 / .93.
 On the report's prompts anchor 10, 180 steps, all of the change kept: .86 / .83 at .96 / .93 (seeds 0 / 1).
 Guidance 1.5 on the tuned model buys gold at a worse price in diversity than more of the change does.
-What the other configs do stands in tests/curves and in the README's table; one that is in neither is not measured yet, its numbers
-a guess. Those that see the reward's gradient beat the guided
-base in minutes (AlignProp, in 100 steps, not surely). Those that see scores, pairs or pictures alone do not, in some ten
-thousand pictures: where papers report them they see hundreds of thousands. Offline DPO comes nearest, sampled with the guidance
-that its pairs were drawn with: .666 [.622, .707] at the base's own diversity. DDPO must be held against .745, its base with the
-noise that it needs. jpeg is a hack by design.
+The other configs but hackable and jpeg spend 100 thousand network calls each (`budget`). docs/comparison.md holds them side by side,
+with what steering does with as many; it and its figure are made by
+  python -m pytest tests/test_curves.py -m slow -k NAME    (without -k all of them: four idle minutes each)
+  python launch/comparison.py
+Seed 0. Better than the guided base with intervals apart: those that see the reward's gradient (ReFL .917, DRaFT-4 .908, DRaFT-1 .897,
+DRaFT-LV .865, AlignProp .830, DRTune .822, MaxMin of two rewards .826) and SPO (.856), whose reward is asked at every step.
+Not so, at this budget, and why:
+  policy gradients (DDPO, DPOK, DanceGRPO, MixGRPO), D3PO: they sample with noise, without guidance. On the prompts that are watched
+    they raise that (.516) by .06 to .12 and were still rising, but it starts below the guided base with noise (.745). 4 to 5 thousand
+    scored pictures are a hundredth of what their papers use;
+  PRDP, Adjoint Matching: they sample the tilt p exp(r / beta), which is near the base by intent (KL .9 and .2 nats);
+  DiffusionNFT, AWM: regression on own samples; .461 to .516 and to .477 on the watched prompts;
+  offline pairs (DPO, KTO, InPO, MaPO), online DPO: with guidance .61 to .67 against .613, at the base's diversity: nearest of the rest;
+    without guidance, DPO .435, because its pairs were drawn with it;
+  RWR, RAFT, SFT: likelihood of pictures, which undoes the distilled guidance of the base.
+jpeg and hackable are hacks by design.
 """
 
 from typing import Any

@@ -34,8 +34,16 @@ def encode(prompts: Sequence[str]) -> dict[str, np.ndarray]:
     return {"attributes": attributes}
 
 
+def check_size(pictures: Any, side: int = 32) -> None:
+    """Raises ValueError for pictures that are not [B, side, side, 3]."""
+    if pictures.shape[1:] != (side, side, 3):
+        raise ValueError(f"the critters' rewards and judge read pictures of {side} x {side}, RGB; got {list(pictures.shape[1:])}. "
+                         "Use model critters, or a reward for this model's pictures, such as pick_score")  # fmt: skip
+
+
 def log_probabilities(model: nn.Module, params: Any, observation: Array, attributes: Array) -> Array:
-    """log p(asked value | picture) [B, 6] of pictures [B,32,32,3]; 0 where nothing is asked for (index -1)."""
+    """log p(asked value | picture) [B, 6] of pictures [B,32,32,3], no others: ValueError; 0 where nothing is asked for (index -1)."""
+    check_size(observation)
     logits, _ = model.apply({"params": params}, observation)
     wanted = jnp.maximum(attributes, 0)
     columns = [jnp.take_along_axis(jax.nn.log_softmax(logits[name]), wanted[:, i : i + 1], 1)[:, 0]
@@ -95,6 +103,7 @@ def critters_gold() -> Judge:
     apply = jax.jit(lambda p, x: model.apply({"params": p}, x))
 
     def look(images: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+        check_size(images)
         parts = [jax.tree.map(np.asarray, apply(params, jnp.asarray(images[i : i + 256]))) for i in range(0, len(images), 256)]
         logits = {name: np.concatenate([p[0][name] for p in parts]) for name in parts[0][0]}
         asked = targets >= 0

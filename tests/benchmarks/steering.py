@@ -3,7 +3,8 @@
   python tests/benchmarks/steering.py --torch_python=/path/to/an/environment/with/diffusers/bin/python
 Options: --only=fk,das, --turns after the first, which compiles, --core. Both sides draw one sample with the same calls of the
 same networks; their UNets' outputs are compared before anything is measured. Then what the bookkeeping of 50 steps takes:
-weights, tempering and resampling of the particles, without networks and rewards.
+weights, tempering and resampling of the particles, without networks and rewards. And what the gradient of a sample by its first
+noise keeps (ReNO, DNO), by the number of steps, with and without rematerialisation: the compiled program's temporaries.
 """
 
 import argparse
@@ -102,6 +103,28 @@ def bookkeeping(particles: int, steps: int) -> float:
     return float(np.median(out))
 
 
+def memory(folder: Path) -> None:
+    """Prints MB of temporaries of the gradient through 5 to 40 unguided steps on one latent."""
+    import jax
+    import jax.numpy as jnp
+    from ml_collections import ConfigDict
+
+    from alignment_jax.test_time.base import walk
+    from alignment_jax.training import build
+
+    bundle, params = build.model(ConfigDict({"model": str(folder), "weights": "shipped", "seed": 0}))
+    cond = bundle.encode_text(params, jnp.asarray(bundle.tokenize(["a red house"])))
+    keys, x = jax.random.split(jax.random.key(0), 1), jnp.ones((1, 32, 32, 4))
+    for remat in (False, True):
+        found = []
+        for steps in (5, 10, 20, 40):
+            sampler, _ = build.sampler(ConfigDict({"sampling": {"scheduler": "ddim", "num_steps": steps}}), bundle)
+            end = lambda x, p, s=sampler, r=remat: walk(keys, partial(bundle.denoise, p), cond, s, x, remat=r).sum()  # noqa: E731
+            found.append(jax.jit(jax.grad(end)).lower(x, params).compile().memory_analysis().temp_size_in_bytes / 1e6)
+        print(f"gradient through 5, 10, 20, 40 steps, {'rematerialised' if remat else 'kept'}: "
+              f"{', '.join(f'{mb:.0f}' for mb in found)} MB", flush=True)  # fmt: skip
+
+
 def measure(name: str, job: dict[str, Any], folder: Path, options: argparse.Namespace) -> float:
     """Prints a line a side and their ratio; returns our seconds a network call on one latent."""
     env, text = {**os.environ, "OMP_NUM_THREADS": "1"}, json.dumps(job)
@@ -144,6 +167,7 @@ if __name__ == "__main__":
             write_folder(Path(temporary) / "model")
             taken = {case: measure(case, {**COMMON, **CASES[case]}, Path(temporary) / "model", options)
                      for case in (options.only.split(",") if options.only else CASES)}  # fmt: skip
+        memory(Path(temporary) / "model")
         if "fk" in taken:
             whole, own = taken["fk"] * 50 / CASES["fk"]["steps"], bookkeeping(CASES["fk"]["particles"], 50)
             print(f"bookkeeping of 50 steps: {1000 * own:.1f} ms, {100 * own / whole:.2f} % of about {whole:.1f} s")

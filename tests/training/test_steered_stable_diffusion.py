@@ -81,3 +81,11 @@ def test_from_the_command_line_a_batch_of_prompts_follows_a_clip_reward(folder, 
         sample(str(n), "--method=best_of_n", f"--option=n={n}", reward)
     one, four = (np.array(json.loads((tmp_path / n / "info.json").read_text())["reward"]) for n in "14")
     assert (four >= one - 1e-5).all() and four.mean() > one.mean()
+
+
+def test_a_reward_of_other_pictures_is_refused_by_size(folder, tmp_path):
+    caption = "a green bell monster with horns, one big eye and a smile on a blue background"
+    with pytest.raises(ValueError, match=r"read pictures of 32 x 32, RGB; got \[16, 16, 3\]"):
+        generate(model=str(folder / "sd15"), weights_file="shipped", run=None, scale=None, prompts=caption, out=str(tmp_path / "out"),
+                 seed=0, samples=1, noise=None, save_arrays=False, settings={"num_steps": 2}, method={"name": "best_of_n", "n": 2},
+                 reward="critters_proxy")  # fmt: skip
