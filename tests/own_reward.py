@@ -16,10 +16,10 @@ def warmth():
 
 
 def dark():
-    """How dark a picture is, on the device."""
+    """How dark a picture is, ten times, on the device."""
     from alignment_jax.rewards.base import Reward
 
-    return Reward("dark", lambda params, images, condition: -images.mean((1, 2, 3)), range=(-1.0, 0.0))
+    return Reward("dark", lambda params, images, condition: -10 * images.mean((1, 2, 3)), range=(-10.0, 0.0))
 
 
 def latent_level():

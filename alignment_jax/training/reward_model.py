@@ -154,7 +154,7 @@ def taught(teacher: Any, pairs: Pairs, rows: np.ndarray) -> Pairs:
     from, and these teach the rest.
     """
     reward = build.reward({"reward": teacher})
-    assert reward is not None, "check() asks for a teacher"
+    assert reward is not None
     compare, p = by_reward(reward, soft=True), pairs.p.astype(np.float64).copy()
     for i in range(0, len(rows), CHUNK):
         part = rows[i : i + CHUNK]
