@@ -19,8 +19,7 @@ from alignment_jax.training.generate import generate
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red house", "the cat on the moon", "the sea"]
-# a family each, and what a model's parts alone have: attention maps, a negative prompt, sizes in the condition
-QUICK = {("sd15", "best_of_n"), ("sd15", "das"), ("sd15", "attend_and_excite"), ("sd15", "reneg"), ("sdxl", "fk"), ("sdxl", "freedom")}
+QUICK = {("sd15", "das"), ("sdxl", "fk")}
 CASES = [pytest.param(kind, name, marks=() if (kind, name) in QUICK else pytest.mark.slow)
          for kind in ("sd15", "sdxl") for name in TEST_TIME]  # fmt: skip
 SMALL = {"dno": {"iterations": 2, "permutations": 1}, "reno": {"iterations": 2}, "prompt_embedding": {"iterations": 2},
