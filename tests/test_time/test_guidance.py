@@ -216,8 +216,9 @@ def test_a_sample_does_not_depend_on_what_else_is_in_its_batch(name):
     schedule = d.cosine(t_max=0.98)
     sampler = d.Sampler(schedule, d.sampling_grid(schedule, 6), "eps", eta=1.0)
     guided, conditional, _ = pair(sampler)
-    given = {"freedom": {"guidance": 3.0}, "universal_guidance": {"alpha": 20.0, "backward": 1, "recurrences": 2}, "dps": {"repeats": 2}}.get(name, {})
-    method = getattr(g, name)(sampler, (3,), **given)
+    settings = {"freedom": {"guidance": 3.0}, "universal_guidance": {"alpha": 20.0, "backward": 1, "recurrences": 2},
+                "dps": {"repeats": 2}}  # fmt: skip
+    method = getattr(g, name)(sampler, (3,), **settings.get(name, {}))
 
     def drawn(strength):
         """Rows' rewards differ in scale; repeat() keeps the condition with its row."""
