@@ -173,22 +173,26 @@ def budget_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], base: Mappi
     if it is there, is drawn black: what a method must beat.
     """
     with _style(False) as Figure:
-        figure = Figure(figsize=(12.6, 4.6), layout="constrained")
+        figure = Figure(figsize=(12.6, 5.2), layout="constrained")
         axes = figure.subplots(1, 3)
+        budgets = sorted({round(r["nfe"]) for rows in curves.values() for r in rows if "nfe" in r})
         markers, names = "osD^v<>Phx*d", sorted(curves, key=lambda name: (name != "best_of_n", name))
         for ax, kind in zip(axes, ("gold", "proxy", "diversity"), strict=True):
             ax.set_title(_titles(rate)[kind], loc="left", fontweight="bold")
             ax.set_xlabel("network calls a sample, a backward pass counted as two")
             ax.set_xscale("log")
+            if budgets:
+                ax.set_xticks(budgets, [str(b) for b in budgets])
+                ax.minorticks_off()
             if base[kind]["low"] is not None:  # of two samples that are not both right no diversity is known
                 ax.axhspan(base[kind]["low"], base[kind]["high"], color="0.5", alpha=0.18, lw=0)
             for i, name in enumerate(names):
                 rows = [r for r in sorted(curves[name], key=lambda r: r["calls"]) if r[kind]["mean"] is not None]
                 mean, low, high = (np.array([r[kind][end] for r in rows], float) for end in ("mean", "low", "high"))
-                colour = "black" if name == "best_of_n" else f"C{i % 10}"
+                colour = "black" if name == "best_of_n" else f"C{(i + i // 10) % 10}"  # a marker and a colour meet once in sixty
                 ax.errorbar([r["calls"] for r in rows], mean, np.nan_to_num([mean - low, high - mean]), color=colour, alpha=0.9,
                             elinewidth=0.7, lw=1.2, marker=markers[i % len(markers)], ms=4, label=name)  # fmt: skip
-        axes[0].legend(fontsize=6.5, frameon=False, ncols=2)
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7.5, frameon=False, ncols=8, loc="outside lower center")
         axes[0].set_ylabel("grey: plain sampling")
         return _png(figure)
 

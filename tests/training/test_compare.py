@@ -60,3 +60,11 @@ def test_the_alarm_stands_beside_the_last_budget_where_the_proxy_rose_and_gold_f
     save_json(tmp_path / "good.json", {"points": [point(-0.5, 0.7), point(-0.1, 0.9)]})
     fired = [line.split("|")[1].strip() for line in compare.page(tmp_path).splitlines() if "fires" in line]
     assert fired == ["hacked"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "curves" / "test_time").glob("*.json")), ids=lambda p: p.stem)
+def test_the_committed_points_belong_to_the_present_config(path):
+    stored = json.loads(path.read_text())
+    name = runpy.run_path(FILE)["ARGUMENTS"][0] if path.stem == "base" else path.stem
+    assert stored["config"] == json.loads(CONFIG(name).to_json_best_effort()), "measure anew: see the head of the config"
+    assert stored["points"] and all(p["calls"] <= p.get("nfe", p["calls"]) for p in stored["points"])
