@@ -7,7 +7,7 @@ Seed 0, 64 held-out prompts, two samples each; tests/curves/test_time holds sett
 network calls a sample (a backward pass counted as two), plain sampling .766 [.672, .839] with noise and .586 [.491, .675] without:
   best-of-n .984, Feynman-Kac steering .984, beam .977, paths .953, DAS .953, DPS .906, DNO .883, SVDD .859, prompt embedding .852,
   ReNeg .836, DATE .805, FreeDoM .805, universal guidance .789, Attend-and-Excite .773 (28 calls), classifier guidance .734;
-  without noise: best-of-n .914, zero-order search .836, zigzag .695, noise stability .523.
+  without noise: best-of-n .914, zero-order search .836, zigzag .695, ReNO .625 (two iterations), noise stability .523.
 Nothing that sees the reward's gradient comes up to the selection among six finished samples here: a chain of 8 steps is short, a gradient
 costs three calls, and the proxy is sure once a picture is clean. DNO and zero-order search keep more diversity than plain sampling.
 Settings were chosen on training prompts, or left as their papers have them.
