@@ -42,8 +42,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "noise_stability": STILL,
     "zigzag": STILL,
     "attend_and_excite": {"method": {"refinements": 2}},
-    # over-optimisation on purpose: a proxy that knows clean pictures only, climbed through all noises
-    "dno_hacked": {"method": {"name": "dno", "learning_rate": 0.2, "alpha": 0.0, "permutations": 0}, "reward": "critters_fragile"},
+    # what fine-tuning hacks at once, a proxy that knows clean pictures only, climbed through all noises with nothing held back: not
+    # over-optimised yet at 288 calls, proxy -.146 to -.120 while gold stays at .852
+    "dno_fragile": {"method": {"name": "dno", "learning_rate": 0.2, "alpha": 0.0, "permutations": 0}, "reward": "critters_fragile"},
 }  # fmt: skip
 ARGUMENTS = tuple(CHANGES)
 
