@@ -61,3 +61,21 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def in_turns(name: str, sides: dict[str, Worker], turns: int) -> dict[str, list[Json]]:
+    """What every side says of a first step and `turns` more, one side after the other; then they are closed.
+
+    Each has said "probe", numbers that its UNet makes of one input. Raises AssertionError where two of them differ.
+    """
+    probes = [worker.said["probe"] for worker in sides.values()]
+    for other in probes[1:]:
+        difference = max(abs(a - b) for a, b in zip(probes[0], other, strict=True))
+        assert difference < 1e-3, f"{name}: the two UNets disagree by {difference:.1e}"
+    steps: dict[str, list[Json]] = {side: [] for side in sides}
+    for _ in range(turns + 1):
+        for side, worker in sides.items():
+            steps[side].append(worker.step())
+    for worker in sides.values():
+        worker.close()
+    return steps

@@ -21,8 +21,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from peers import write_folder  # noqa: E402
-from process import Worker, serve  # noqa: E402
+from peers import probe, write_folder  # noqa: E402
+from process import Worker, in_turns, serve  # noqa: E402
 
 COMMON = {"guidance": 5.0, "prompt": "a red house", "alpha": 0.1}
 CASES: dict[str, dict[str, Any]] = {
@@ -58,9 +58,7 @@ def ours(folder: Path, job: dict[str, Any]) -> Any:
         x0, info = method.draw(keys, found, {"cond": cond, "condition": {}, "null": null})
         return bundle.decode(params, x0), info
 
-    rng = np.random.default_rng(0)
-    x, states = (rng.standard_normal(s).astype(np.float32) for s in ((1, 32, 32, 4), (1, 77, 768)))
-    y = bundle.denoise(params, jnp.asarray(x), jnp.full(1, 500.0), {"states": jnp.asarray(states)})
+    seen = probe(bundle, params)
     seed = iter(range(1000))
 
     def step() -> dict[str, float]:
@@ -68,7 +66,7 @@ def ours(folder: Path, job: dict[str, Any]) -> Any:
         _, info = jax.block_until_ready(draw(params, jax.random.split(jax.random.key(next(seed)), 1)))
         return {"step": time.process_time() - began, "reward": float(info["reward"][0])}
 
-    return step, {"probe": np.ravel(y)[:16].tolist(), "versions": [f"jax {jax.__version__}"]}
+    return step, {"probe": seen, "versions": [f"jax {jax.__version__}"]}
 
 
 def bookkeeping(particles: int, steps: int) -> float:
@@ -126,20 +124,14 @@ def memory(folder: Path) -> None:
 
 
 def measure(name: str, job: dict[str, Any], folder: Path, options: argparse.Namespace) -> float:
-    """Prints a line a side and their ratio; returns our seconds a network call on one latent."""
+    """Prints a line a side and their ratio; returns our seconds a sample."""
     env, text = {**os.environ, "OMP_NUM_THREADS": "1"}, json.dumps(job)
     commands = {"ours": [sys.executable, HERE / "steering.py", "--side", folder, text, f"--core={options.core}"],
                 "torch": [options.torch_python, HERE / "torch_steering.py", options.core, folder, text]}  # fmt: skip
     sides = {side: Worker(command, env, folder / f"{side}.log") for side, command in commands.items()}
-    difference = np.abs(np.subtract(*(w.said["probe"] for w in sides.values()))).max()
-    assert difference < 1e-3, f"{name}: the two UNets disagree by {difference:.1e}"
-    steps: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(options.turns + 1):
-        for side, worker in sides.items():
-            steps[side].append(worker.step())
+    steps = in_turns(name, sides, options.turns)
     median = {}
     for side, worker in sides.items():
-        worker.close()
         first, later = steps[side][0], [s["step"] for s in steps[side][1:]]
         rewards = ", ".join(f"{s['reward']:.3f}" for s in steps[side])
         median[side] = float(np.median(later))
@@ -167,7 +159,7 @@ if __name__ == "__main__":
             write_folder(Path(temporary) / "model")
             taken = {case: measure(case, {**COMMON, **CASES[case]}, Path(temporary) / "model", options)
                      for case in (options.only.split(",") if options.only else CASES)}  # fmt: skip
-        memory(Path(temporary) / "model")
+            memory(Path(temporary) / "model")
         if "fk" in taken:
             whole, own = taken["fk"] * 50 / CASES["fk"]["steps"], bookkeeping(CASES["fk"]["particles"], 50)
             print(f"bookkeeping of 50 steps: {1000 * own:.1f} ms, {100 * own / whole:.2f} % of about {whole:.1f} s")
