@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .attention import attention
 from .convolution import Conv
-from .layers import attention, show, unfused
+from .layers import show, unfused
 
 Array = jax.Array
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .attention import attention
 from .convolution import Conv
-from .layers import attention
 
 Array = jax.Array
 MAX_WARNINGS = 10  # long prompts that a tokenizer names, then it is silent

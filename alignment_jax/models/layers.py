@@ -8,34 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .attention import attention
 from .convolution import Conv
 
 Array = jax.Array
-
-
-def attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None, *, implementation: str | None = None, causal: bool = False
-) -> Array:
-    """softmax(q k^T / sqrt(D)) v; q [B,N,H,D], k, v [B,M,H,D], mask [B,M] of keys that exist -> [B,N,H,D].
-
-    causal: a position attends to itself and to what comes before it.
-    implementation: "einsum" (on CPU three times faster than `jax.nn.dot_product_attention`), "xla" or "cudnn" (those of
-    that function; cudnn is flash attention, on GPUs, 16-bit types only), None: einsum on CPU, elsewhere its default.
-    """
-    if implementation not in (None, "einsum", "xla", "cudnn"):
-        raise ValueError(f"attention implementation {implementation!r}; choose None, 'einsum', 'xla' or 'cudnn'")
-    if implementation in ("xla", "cudnn") or (implementation is None and jax.default_backend() != "cpu"):
-        where = None if mask is None else mask[:, None, None, :].astype(bool)
-        return jax.nn.dot_product_attention(q, k, v, mask=where, is_causal=causal,
-                                            implementation=implementation)  # type: ignore[arg-type]  # fmt: skip
-    # the queries are scaled, not the scores: XLA on CPU writes the scale out at the size of the scores
-    q = (q / jnp.sqrt(jnp.float32(q.shape[-1]))).astype(q.dtype)
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k).astype(jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None, :], scores, -1e9)
-    if causal:
-        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -1e9)
-    return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, -1).astype(q.dtype), v)
 
 
 def show(module: nn.Module, q: Array, k: Array, mask: Array | None = None) -> None:

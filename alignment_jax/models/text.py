@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .layers import attention
+from .attention import attention
 
 Array = jax.Array
 PAD, UNKNOWN, BEGIN = 0, 1, 2

@@ -14,7 +14,7 @@ from common import FIXTURES
 from flax.traverse_util import flatten_dict
 from references.unet import weights
 
-from alignment_jax.models.layers import attention
+from alignment_jax.models.attention import attention
 from alignment_jax.models.unet import unet
 from alignment_jax.weights.torch_names import import_torch, torch_name, torch_shape
 
