@@ -35,6 +35,23 @@ def few_compiled_programs():
         gc.collect()
 
 
+TOYS = ("algorithms", "diffusion", "test_time", "test_stable_diffusion.py", "test_steered_stable_diffusion.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """What toys compile runs a few times only: it is optimised least. Processes that a test starts inherit it."""
+    import jax
+
+    toys = not set(TOYS).isdisjoint(request.path.parts)
+    with pytest.MonkeyPatch.context() as patch:
+        if toys:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", toys)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def parity_python() -> str:
     """The interpreter that has torch, diffusers, transformers and open_clip, for the tests marked parity."""

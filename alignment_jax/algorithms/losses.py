@@ -8,7 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..diffusion import Denoise, NoiseSchedule, Sampler, expand, fold_in, normal, predict, target, transition
+from ..diffusion import (
+    Denoise,
+    NoiseSchedule,
+    Sampler,
+    expand,
+    fold_in,
+    normal,
+    predict,
+    recomputed,
+    target,
+    transition,
+)
 from .base import mean_square, uniform
 
 Array = jax.Array
@@ -85,11 +96,9 @@ def chained(denoise: Denoise, cond: Any, sampler: Sampler, x: Array, noises: Arr
             remat: bool | None = None) -> Array:  # fmt: skip
     """The end [B,...] of the chain walked from x at step `start`, differentiable through every step.
 
-    noises [T - start, B, ...]: the z of each step. remat: network calls are recomputed in the backward pass, so that memory
-    grows by one state a step; None: except on CPU.
+    noises [T - start, B, ...]: the z of each step. remat: of network calls, see `recomputed`.
     """
-    remat = jax.default_backend() != "cpu" if remat is None else remat
-    times, call = jnp.asarray(sampler.grid.t), jax.checkpoint(denoise) if remat else denoise
+    times, call = jnp.asarray(sampler.grid.t), recomputed(denoise, remat)
 
     def step(x: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
         i, z = inputs

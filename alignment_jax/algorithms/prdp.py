@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..diffusion import Sampler, fold_in, gaussian_noise, initial, log_ratio, transition
+from ..diffusion import Sampler, fold_in, gaussian_noise, initial, log_ratio, recomputed, transition
 from . import advantages
 from .base import Algorithm, Info, Needs, Networks, Tree
 
@@ -74,9 +74,9 @@ def prdp(sampler: Sampler, shape: tuple[int, ...], *, group: int = 8, beta: floa
             return (sums[0] + ratio, sums[1] + near), jnp.abs(ratio - old)
 
         x, mean_ref, ratio = (jnp.moveaxis(items[name], 1, 0) for name in ("x", "mean_ref", "ratio"))
-        zero, kept = jnp.zeros(len(keys)), step if jax.default_backend() == "cpu" else jax.checkpoint(step)  # as in `chained`
+        zero = jnp.zeros(len(keys))
         walked = (jnp.asarray(steps), x[steps], x[steps + 1], mean_ref[steps], ratio[steps])
-        sums, moved = jax.lax.scan(kept, (zero, zero), walked)
+        sums, moved = jax.lax.scan(recomputed(step), (zero, zero), walked)
         plain, clipped = (jnp.square(s - items["goal"]) for s in sums)
         value = jnp.where(items["scored"], 2 * group / (group - 1) * jnp.maximum(plain, clipped), 0.0)
         return value, {"log_ratio/moved_max": moved.max(0), "ratio/clip_fraction": (moved > clip).mean(0)}

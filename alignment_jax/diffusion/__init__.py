@@ -3,7 +3,7 @@
 from .guidance import Denoise, blended, guided, guided_away
 from .inversion import inverse, invert, inverted, renoise
 from .parameterization import PREDICTIONS, predict, target
-from .sample import State, Trajectory, draw, fold_in, gaussian_noise, initial, normal, sample
+from .sample import State, Trajectory, draw, fold_in, gaussian_noise, initial, normal, recomputed, sample
 from .schedule import (
     NoiseSchedule,
     SamplingGrid,
@@ -23,6 +23,6 @@ __all__ = [
     "PREDICTIONS", "SCHEDULERS", "STD_FLOOR", "Denoise", "NoiseSchedule", "Sampler", "SamplingGrid", "State",
     "Trajectory", "Transition", "blended", "cosine", "draw", "expand", "fold_in", "from_alphas_cumprod", "gaussian_noise",
     "guided", "guided_away", "initial", "inverse", "invert", "inverted", "linear", "log_prob", "log_ratio", "normal",
-    "predict", "rectified_flow", "reduce_entries", "renoise", "sample", "sampling_grid", "scaled_linear", "scheduler",
+    "predict", "recomputed", "rectified_flow", "reduce_entries", "renoise", "sample", "sampling_grid", "scaled_linear", "scheduler",
     "target", "transition", "zero_terminal_snr",
 ]  # fmt: skip

@@ -58,6 +58,11 @@ def gaussian_noise(key: Array, i: Array, step: Transition) -> Array:
     return step.mean + expand(step.std, step.mean) * normal(key, step.mean.shape)
 
 
+def recomputed(f: Callable[..., Any], remat: bool | None = None) -> Callable[..., Any]:
+    """f, made again in the backward pass of a chain, so that a step keeps its state alone; remat None: except on CPU."""
+    return jax.checkpoint(f) if remat or (remat is None and jax.default_backend() != "cpu") else f
+
+
 def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array, *, start: int = 0,
            stop: int | None = None, control: Control | None = None, noise: Noise = gaussian_noise,
            select: Select | None = None, carry: Any = None, keep: bool = False, noise_scale: Array | None = None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..diffusion import Denoise, Sampler, expand, fold_in, gaussian_noise, initial, sample, transition
+from ..diffusion import Denoise, Sampler, expand, fold_in, gaussian_noise, initial, recomputed, sample, transition
 
 Array = jax.Array
 Tree = Any
@@ -120,11 +120,10 @@ def walk(keys: Array, denoise: Denoise, cond: Tree, sampler: Sampler, x_T: Array
          remat: bool | None = None) -> Array:  # fmt: skip
     """The end [B, ...] of the chain from x_T, to be differentiated: as `diffusion.sample`, with memory that hardly grows by a step.
 
-    remat: network calls are recomputed in the backward pass, so that a step keeps its state alone; None: except on CPU.
+    remat: of network calls, see `recomputed`.
     """
     call = lambda x, t, _: denoise(x, t, cond)  # noqa: E731 (a cond in the carry would be kept once a step)
-    remat = jax.default_backend() != "cpu" if remat is None else remat
-    return sample(keys, jax.checkpoint(call) if remat else call, None, sampler, x_T, noise=noise)[0]
+    return sample(keys, recomputed(call, remat), None, sampler, x_T, noise=noise)[0]
 
 
 def climb(value: Callable[[Array | int, Tree], tuple[Array, tuple[Array, Info]]], z: Tree, optimizer: optax.GradientTransformation,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,9 @@ import optax
 
 from .. import weights
 from ..algorithms.losses import noised
-from ..data import prompts as prompt_files
-from ..data.pairs import ArrayPairs
-from ..data.sources import Source, pair_reader
+from ..data import answers
+from ..data.answers import Answers, Lists
+from ..data.sources import Source
 from ..diffusion import fold_in, normal
 from ..evaluation import agreement
 from ..evaluation.summary import plain
@@ -38,116 +37,7 @@ TIES = ("half", "davidson", "drop")
 CHUNK, ENOUGH, TIMES = 256, 1024, (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-class Lists(NamedTuple):
-    """Ranked pictures [N,K,H,W,C] uint8 of prompts: ranks int [N,K], 1 is best, equal ones are ties, 0 is not ranked."""
-
-    pictures: np.ndarray
-    ranks: np.ndarray
-    prompts: list[str]
-
-    def sides(self, rows: np.ndarray) -> dict[str, Any]:
-        """{"list" [B,K,H,W,C], "ranks" [B,K]} of the lists `rows`."""
-        return {"list": self.pictures[rows], "ranks": self.ranks[rows]}
-
-
-class Pairs(NamedTuple):
-    """Answers about pairs: p [N] that a is the better one, weight [N], annotator [N], an index into people.
-
-    row [N]: the pair that was asked about, as `read` counts them, whose winner is a where `first` [N]. ordered: a was shown first.
-    lists: what is trained on where the pairs are those within ranked lists.
-    """
-
-    read: Callable[[np.ndarray], dict[str, Any]]
-    row: np.ndarray
-    first: np.ndarray
-    prompts: list[str]
-    p: np.ndarray
-    weight: np.ndarray
-    annotator: np.ndarray
-    people: tuple[str, ...]
-    ordered: bool
-    lists: Lists | None = None
-
-    def sides(self, rows: np.ndarray) -> dict[str, Any]:
-        """{"a", "b" uint8 [B,H,W,C], "p", "weight", "annotator" [B]} of the answers `rows`."""
-        found, first = self.read(self.row[rows]), self.first[rows, None, None, None]
-        a, b = (np.where(first, found[x], found[y]) for x, y in (("winner", "loser"), ("loser", "winner")))
-        return {"a": a, "b": b, "p": self.p[rows].astype(np.float32), "weight": self.weight[rows], "annotator": self.annotator[rows]}
-
-
-def load(source: str, data_dir: str, size: tuple[int, int]) -> Pairs:
-    """The pairs of an .npz of `label`, each annotator's answer apart, or of any source that `data.pairs` reads.
-
-    Pictures are brought to size = (H, W). An .npz of lists gives all pairs within them, for measuring, and `lists` to train on.
-    """
-    if source.endswith(".npz") and _holds_lists(source):
-        return _listed(source, size)
-    if source.endswith(".npz"):
-        arrays = prompt_files.load_pairs(source)
-        n = len(arrays["prompts"])
-        with np.load(Path(source).expanduser()) as stored:
-            several = "answers" in stored and "annotators" in stored
-            p = stored["answers"] if several else arrays["preference"][:, None]
-            names = stored["annotators"] if several else stored["annotator"][:1] if "annotator" in stored else [""]
-            apart = None if several or "annotator" not in stored else [str(name) for name in stored["annotator"]]
-        who = apart or [str(name) for name in names] * n
-        return _pairs(pair_reader(ArrayPairs(arrays), size), np.repeat(np.arange(n), p.shape[1]), arrays["prompts"], p.reshape(-1),
-                      np.full(p.size, 1 / p.shape[1]), who, first=np.ones(p.size, bool), ordered=False)  # fmt: skip
-    records = build.pair_data(source, data_dir)
-    facts = [(r.prompt, r.p_a, r.weight, r.annotator) for r in (records[i] for i in range(len(records)))]
-    prompts, p_a, weight, who = (list(column) for column in zip(*facts, strict=True))
-    p = np.array(p_a)
-    return _pairs(pair_reader(records, size), np.arange(len(p)), prompts, p, np.array(weight), who, first=p >= 0.5,
-                  ordered=bool((p < 0.5).any()))  # fmt: skip
-
-
-def _holds_lists(source: str) -> bool:
-    file = Path(source).expanduser()
-    if not file.is_file():
-        return False
-    with np.load(file) as stored:
-        return "list" in stored
-
-
-def _listed(source: str, size: tuple[int, int]) -> Pairs:
-    lists = prompt_files.load_lists(source)
-    pictures, score = lists["list"], lists["score"]
-    if score.ndim != 2:
-        raise ValueError(f"{source} ranks each picture by {score.shape[2]} scores, and a reward model learns one order; store score [N, K]")
-    if pictures.shape[2:4] != size:
-        raise ValueError(f"{source}: lists must hold pictures of {size[0]} x {size[1]}; got {pictures.shape[2]} x {pictures.shape[3]}")
-    known = np.isfinite(score)
-    filled = np.where(known, score, -np.inf)
-    ranks = np.where(known, 1 + (filled[:, None, :] > filled[:, :, None]).sum(2), 0)
-    n, i, j = (x.ravel() for x in np.meshgrid(np.arange(len(score)), *[np.arange(score.shape[1])] * 2, indexing="ij"))
-    n, i, j = (x[(known[n, i] & known[n, j]) & ((score[n, i] > score[n, j]) | ((score[n, i] == score[n, j]) & (i < j)))] for x in (n, i, j))
-
-    def read(rows: np.ndarray) -> dict[str, Any]:
-        return {"winner": pictures[n[rows], i[rows]], "loser": pictures[n[rows], j[rows]]}
-
-    p = np.where(score[n, i] > score[n, j], 1.0, 0.5)
-    made = _pairs(read, np.arange(len(n)), [lists["prompts"][k] for k in n], p, 1 / np.bincount(n)[n], [""] * len(n),
-                  first=np.ones(len(n), bool), ordered=False)  # fmt: skip
-    return made._replace(lists=Lists(pictures, ranks, lists["prompts"]))
-
-
-def _pairs(read: Callable[[np.ndarray], dict[str, Any]], row: np.ndarray, prompts: list[str], p: np.ndarray, weight: np.ndarray,
-           who: list[str], *, first: np.ndarray, ordered: bool) -> Pairs:  # fmt: skip
-    people = tuple(sorted(set(who)))
-    annotator = np.array([people.index(name) for name in who])
-    return Pairs(read, row, first, [prompts[i] for i in row], p, weight.astype(np.float32), annotator, people, ordered)
-
-
-def split(prompts: list[str], share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows held out: a share of the prompts, by a hash, so that no prompt is on both sides."""
-    held = np.array([zlib.crc32(text.encode()) % 10_000 < share * 10_000 for text in prompts])
-    if not 0 < held.sum() < len(held):
-        raise ValueError(f"held_out={share} of the prompts leaves {held.sum()} of {len(held)} pairs for measuring and "
-                         f"{(~held).sum()} for training; there are {len(set(prompts))} different prompts")  # fmt: skip
-    return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def taught(teacher: Any, pairs: Pairs, rows: np.ndarray) -> Pairs:
+def taught(teacher: Any, pairs: Answers, rows: np.ndarray) -> Answers:
     """The pairs with p = sigma(r_a - r_b) of a reward of pictures for the answers `rows`; the others stay as they were given.
 
     Its odds tell more than one yes or no: what is too little to learn pictures under noise from is enough to learn pictures
@@ -163,7 +53,7 @@ def taught(teacher: Any, pairs: Pairs, rows: np.ndarray) -> Pairs:
     return pairs._replace(p=p)
 
 
-def check(config: Any, pairs: Pairs) -> None:
+def check(config: Any, pairs: Answers) -> None:
     """Raises ValueError for settings that the pairs cannot answer."""
     if pairs.lists and (config.ties != "half" or config.teacher):
         raise ValueError("ranked lists are learned by their whole order, ties by every order within them: set ties='half' and teacher=''; "
@@ -199,8 +89,8 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
     bundle = trained.network(about).bundle  # what is wrong is said before pairs are read
     base = build.model(ml_collections.ConfigDict({"model": config.model, "seed": 0}))[1] if bundle else None
     shape = (32, 32) if bundle is None else jax.eval_shape(bundle.decode, base, jnp.zeros((1, *bundle.sample_shape))).shape[1:3]
-    pairs = load(config.pairs, config.data_dir, shape)
-    rows, held = split(pairs.prompts, config.held_out)
+    pairs = answers.load(config.pairs, config.data_dir, shape)
+    rows, held = answers.split(pairs.prompts, config.held_out)
     if config.teacher and not pairs.lists:
         pairs = taught(config.teacher, pairs, rows)
     check(config, pairs)
@@ -209,14 +99,14 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
     about["people"] = list(pairs.people)
     net = trained.network(about)
 
-    def reader(data: Pairs | Lists) -> Callable[[np.ndarray], dict[str, Any]]:
+    def reader(data: Answers | Lists) -> Callable[[np.ndarray], dict[str, Any]]:
         texts: Any = encode(data.prompts) if bundle is None else {"tokens": bundle.tokenize(data.prompts)}
         return lambda indices: data.sides(indices) | {"text": jax.tree.map(lambda x: x[indices], texts)}
 
     batch = learned = reader(pairs)
     shown = rows
     if pairs.lists:
-        learned, shown = reader(pairs.lists), split(pairs.lists.prompts, config.held_out)[0]
+        learned, shown = reader(pairs.lists), answers.split(pairs.lists.prompts, config.held_out)[0]
 
     frozen = {} if base is None else {"params": base}
     tx = optax.chain(optax.clip_by_global_norm(1.0),
@@ -366,17 +256,17 @@ def pair_scores(program: Callable[..., list[Array]], kept: Tree, frozen: Tree, b
     return a, b
 
 
-def _gap(config: Any, pairs: Pairs, people: Tree, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _gap(config: Any, pairs: Answers, people: Tree, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     column = pairs.annotator[rows] if config.own else np.zeros(len(rows), int)
     gap = (a - b)[np.arange(len(rows)), column]
     return np.asarray(as_seen(config, people, jnp.asarray(gap), jnp.asarray(pairs.annotator[rows])))
 
 
-def _accuracy(config: Any, pairs: Pairs, people: Tree, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
+def _accuracy(config: Any, pairs: Answers, people: Tree, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> Any:
     return agreement.accuracy(_gap(config, pairs, people, rows, a, b), pairs.p[rows], np.array(pairs.prompts)[rows])
 
 
-def measure(config: Any, pairs: Pairs, people: Tree, seen: tuple[np.ndarray, ...], held: tuple[np.ndarray, ...]) -> dict[str, Any]:
+def measure(config: Any, pairs: Answers, people: Tree, seen: tuple[np.ndarray, ...], held: tuple[np.ndarray, ...]) -> dict[str, Any]:
     """The summary of held-out pairs (rows, scores of a, of b); those seen in training choose the threshold of ties."""
     names, rows = np.array(pairs.prompts), held[0]
     gap, inside = (_gap(config, pairs, people, *part) for part in (held, seen))
@@ -404,7 +294,7 @@ def measure(config: Any, pairs: Pairs, people: Tree, seen: tuple[np.ndarray, ...
     }  # fmt: skip
 
 
-def against_gold(judge: str, batch: Callable[[np.ndarray], Any], pairs: Pairs, rows: np.ndarray, gap: np.ndarray) -> dict[str, Any]:
+def against_gold(judge: str, batch: Callable[[np.ndarray], Any], pairs: Answers, rows: np.ndarray, gap: np.ndarray) -> dict[str, Any]:
     """{"model", "labels"}: how often each puts pairs in the order of the judge's count of right attributes, where it has one."""
     made = JUDGES[judge]()
     prompts = [pairs.prompts[i] for i in rows]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from alignment_jax.data import answers
 from alignment_jax.data.critters import prompts as captions
 from alignment_jax.evaluation import agreement
 from alignment_jax.rewards import columns, ensemble, several, weighted
@@ -261,13 +262,13 @@ def test_answers_of_several_people_to_one_pair_stay_apart(tmp_path):
     with np.load(file) as stored:
         arrays = {k: stored[k] for k in stored}
     np.savez(file, **arrays, answers=np.array([[1.0, 0.0]] * 8), annotators=np.array(["ann", "bob"]))
-    pairs = reward_model.load(file, "", (32, 32))
+    pairs = answers.load(file, "", (32, 32))
     assert pairs.people == ("ann", "bob") and len(pairs.p) == 16 and pairs.weight.sum() == 8
     sides = pairs.sides(np.array([4, 5]))  # both about the third pair: the mean's winner is a, and bob says b
     assert sides["p"].tolist() == [1, 0] and sides["annotator"].tolist() == [0, 1]
     np.testing.assert_array_equal(sides["a"], arrays["winner"][[2, 2]])
     assert not pairs.ordered  # bob's 0 says nothing of which picture was shown first
-    rows, held = reward_model.split(pairs.prompts, 0.5)
+    rows, held = answers.split(pairs.prompts, 0.5)
     assert not {pairs.prompts[i] for i in rows} & {pairs.prompts[i] for i in held}
 
 
@@ -288,8 +289,8 @@ def test_a_noisy_model_reads_states_and_needs_no_decoder(tmp_path):
 
 def test_a_teachers_odds_replace_the_answers_that_are_trained_on_and_no_others(tmp_path):
     """The held-out answers stay the people's: a pupil measured against its teacher would look better than it is."""
-    pairs = reward_model.load(written(tmp_path), "", (32, 32))
-    rows, held = reward_model.split(pairs.prompts, 0.3)
+    pairs = answers.load(written(tmp_path), "", (32, 32))
+    rows, held = answers.split(pairs.prompts, 0.3)
     taught = reward_model.taught("own_reward:dark", pairs, rows)
     sides = pairs.sides(np.arange(len(pairs.p)))
     gap = (sides["b"].mean((1, 2, 3)) - sides["a"].mean((1, 2, 3))) / 255
@@ -316,7 +317,7 @@ def listed(folder, k=4, n=80):
 
 def test_ranked_lists_are_read_as_ranks_with_ties_and_as_the_pairs_within_them(tmp_path):
     file, pictures, score = listed(tmp_path)
-    pairs = reward_model.load(file, "", (32, 32))
+    pairs = answers.load(file, "", (32, 32))
     sides = pairs.lists.sides(np.arange(80))
     np.testing.assert_array_equal(np.sort(sides["ranks"], 1), np.tile([0, 1, 2, 2], (80, 1)))  # not ranked, best, a tie
     assert (sides["list"][np.arange(80), sides["ranks"].argmin(1) * 0 + (sides["ranks"] == 1).argmax(1)] == 230).all()
@@ -325,7 +326,7 @@ def test_ranked_lists_are_read_as_ranks_with_ties_and_as_the_pairs_within_them(t
     brighter = shown["a"].mean((1, 2, 3)) > shown["b"].mean((1, 2, 3))
     assert brighter[pairs.p == 1].all() and np.allclose(pairs.weight, 1 / 3)
     with pytest.raises(ValueError, match="pictures of 16 x 16; got 32 x 32"):
-        reward_model.load(file, "", (16, 16))
+        answers.load(file, "", (16, 16))
 
 
 def test_lists_of_two_have_the_loss_of_pairs_and_longer_ones_that_of_plackett_and_luce():

@@ -170,7 +170,8 @@ def test_a_method_without_maps_takes_no_subjects_and_a_model_without_maps_no_met
         build._redraw(config, None, bundle, sampler, guidance, None)
 
 
-@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_stable_diffusion_from_the_command_line(kind, tmp_path):
     folder, env = tiny_sd.write(kind, tmp_path / kind), {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run([sys.executable, "-m", "alignment_jax", "sample", f"--model={folder}", "--prompts=a red house and a cat",

@@ -72,7 +72,9 @@ def module(name):
 
 
 CONFIGS = {name: module(name) for name in UNETS}
-CASES = [(name, argument) for name, loaded in CONFIGS.items() for argument in loaded.ARGUMENTS]
+QUICK = {("sd15", "diffusion_dpo"), ("sd21", "ddpo_aesthetic"), ("sdxl", "draft_pickscore")}
+CASES = [pytest.param(name, argument, marks=() if (name, argument) in QUICK else pytest.mark.slow)
+         for name, loaded in CONFIGS.items() for argument in loaded.ARGUMENTS]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

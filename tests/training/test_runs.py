@@ -177,8 +177,7 @@ loop.save = once
 from alignment_jax.cli import main
 main(sys.argv)
 """
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": ""}
-    done = subprocess.run([sys.executable, "-c", code, *start(tmp_path / "w", 6)], capture_output=True, text=True, cwd=ROOT, env=env)
+    done = subprocess.run([sys.executable, "-c", code, *start(tmp_path / "w", 6)], capture_output=True, text=True, cwd=ROOT)
     said = next((line for line in done.stderr.splitlines() if line.startswith("error:")), "")  # amid orbax's own warnings
     assert done.returncode == 2 and "checkpoint 4 could not be written" in said and "Step 2 is kept" in said, done.stderr[-2000:]
     cli(*start(tmp_path / "w", 6))  # with space again, the same command goes on

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny_clip
@@ -36,14 +35,6 @@ def folder(tmp_path_factory):
         tiny_sd.write(kind, root / kind)
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     return root
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Toy networks compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def drawn(folder, kind, name, settings, out):
