@@ -35,7 +35,7 @@ def few_compiled_programs():
         gc.collect()
 
 
-TOYS = ("algorithms", "diffusion", "test_time", "test_stable_diffusion.py", "test_steered_stable_diffusion.py")
+TOYS = {"test_every_algorithm.py", "test_stable_diffusion.py", "test_steered_stable_diffusion.py"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +43,7 @@ def quick_compilation(request):
     """What toys compile runs a few times only: it is optimised least. Processes that a test starts inherit it."""
     import jax
 
-    toys = not set(TOYS).isdisjoint(request.path.parts)
+    toys = request.path.name in TOYS
     with pytest.MonkeyPatch.context() as patch:
         if toys:
             patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

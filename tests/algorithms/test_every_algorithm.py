@@ -17,6 +17,7 @@ from alignment_jax.evaluation.metrics import describe
 from alignment_jax.training.checkpoint import Checkpointer
 
 NAMES = sorted(ALGORITHMS)
+FORMS = sorted({e.family: n for n, e in ALGORITHMS.items()}.values())
 VALUE = sorted(n for n, e in ALGORITHMS.items() if e.reward == "value")
 
 
@@ -98,8 +99,9 @@ def test_no_nan_under_odd_rewards(name, kind):
     assert all(np.isfinite(x).all() for x in leaves(state.trained))
 
 
-def test_one_device_equals_eight():
-    """All methods in one process with eight fake devices against this one, three steps each."""
+@pytest.mark.parametrize("names", [FORMS, pytest.param(NAMES, marks=pytest.mark.slow)], ids=["one of each loss form", "all"])
+def test_one_device_equals_eight(names):
+    """Methods in one process with eight fake devices against this one, three steps each."""
     here = Path(__file__).parent
     script = f"""
 import sys; sys.path.insert(0, {str(here.parent)!r})
@@ -110,7 +112,7 @@ mesh = sharding.make_mesh()
 original = worlds.mixture_data
 worlds.mixture_data = lambda *a, **k: sharding.shard(mesh, original(*a, **k))
 out = {{}}
-for name in {NAMES!r}:
+for name in {names!r}:
     state = worlds.run_steps(name, 3, n=64)[2]
     out[name] = [np.asarray(x).ravel()[:50].tolist() for x in jax.tree.leaves(state.trained)]
 print(json.dumps(out))
@@ -119,7 +121,7 @@ print(json.dumps(out))
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=here.parent.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     eight = json.loads(done.stdout.strip().splitlines()[-1])
-    for name in NAMES:
+    for name in names:
         one = [np.asarray(x).ravel()[:50] for x in jax.tree.leaves(worlds.run_steps(name, 3, n=64)[2].trained)]
         for a, b in zip(one, eight[name], strict=True):
             np.testing.assert_allclose(a, b, atol=2e-4, err_msg=name)

@@ -11,7 +11,7 @@ from alignment_jax.models.attention import attention
 
 def inputs(dtype=jnp.float32, b=3, n=12, m=10, heads=2, d=4):
     q, k, v = (jax.random.normal(jax.random.key(i), (b, s, heads, d), dtype) for i, s in enumerate((n, m, m)))
-    mask = jnp.arange(m) < jnp.array([10, 3, 1])[:, None]
+    mask = jnp.arange(m) < jnp.array([10, 3, 0])[:, None]
     return q, k, v, mask
 
 
@@ -23,24 +23,25 @@ def gradients(q, k, v, mask):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scores", [1, 200, 300, 719])  # queries at a time: 1, 3, 4, 6 of 12
 def test_the_gradients_are_those_of_scores_kept(monkeypatch, scores, masked):
+    """With a mask the last sample has no key at all: its scores have no gradient, and its values have."""
     q, k, v, mask = inputs()
     mask = mask if masked else None
     value, wanted = gradients(q, k, v, mask)
     monkeypatch.setattr(module, "SCORES", scores)
     again, got = gradients(q, k, v, mask)
-    assert again == value, "the forward pass must not change"
+    np.testing.assert_allclose(again, value, rtol=1e-5)
     for name, a, b in zip("qkv", got, wanted):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
 
 
-def test_no_gradient_leaves_float16_for_another_type(monkeypatch):
+def test_gradients_keep_bfloat16(monkeypatch):
     q, k, v, mask = inputs(jnp.bfloat16)
     _, wanted = gradients(q, k, v, mask)
     monkeypatch.setattr(module, "SCORES", 100)
     _, got = gradients(q, k, v, mask)
     for a, b in zip(got, wanted):
         assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.float32(a), np.float32(b), atol=0.02)
+        np.testing.assert_allclose(np.float32(a), np.float32(b), atol=0.02, rtol=0.01)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the attention is jax.nn.dot_product_attention")

@@ -21,6 +21,7 @@ from alignment_jax.training import steering
 from alignment_jax.training.programs import Guidance
 
 NAMES = sorted(TEST_TIME)
+FAMILIES = sorted({TEST_TIME[n].family: n for n in NAMES}.values())
 
 
 def maps(params, x, t, cond):
@@ -99,7 +100,8 @@ def test_the_budget_setting_buys_network_calls(name):
     assert spent[0]["network"] < spent[1]["network"], spent
 
 
-def test_one_device_equals_eight():
+@pytest.mark.parametrize("names", [FAMILIES, pytest.param(NAMES, marks=pytest.mark.slow)], ids=["one of each family", "all"])
+def test_one_device_equals_eight(names):
     """Samples and particles spread over eight fake devices against this one."""
     here = Path(__file__).parent
     script = f"""
@@ -109,7 +111,7 @@ from alignment_jax.training import sharding
 assert jax.device_count() == 8
 mesh = sharding.make_mesh()
 out = {{}}
-for name in {NAMES!r}:
+for name in {names!r}:
     spread = jax.random.wrap_key_data(sharding.shard(mesh, jax.random.key_data(table.keys(16))))
     out[name] = np.asarray(table.world(name, **table.SETTINGS[name])[0](spread)[0]).tolist()
 print(json.dumps(out))
@@ -118,5 +120,5 @@ print(json.dumps(out))
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=here.parent.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     eight = json.loads(done.stdout.strip().splitlines()[-1])
-    for name in NAMES:
+    for name in names:
         np.testing.assert_allclose(world(name, **SETTINGS[name])[0](keys(16))[0], eight[name], atol=1e-4, err_msg=name)
