@@ -34,7 +34,7 @@ class UNet(nn.Module):
 
     attention_head_dim is the number of heads, whatever it is called; num_attention_heads, where given, goes before it.
     time_cond_proj_dim: the width of a guidance embedding (LCM, arXiv 2310.04378). dtype: what is computed in (norms and
-    softmax: float32). remat: blocks are computed again in the backward pass. attention: see `layers.attention`.
+    softmax: float32). remat: blocks are computed again in the backward pass. attention: see `attention.attention`.
     """
 
     in_channels: int = 4
