@@ -72,7 +72,7 @@ def module(name):
 
 
 CONFIGS = {name: module(name) for name in UNETS}
-QUICK = {("sd15", "diffusion_dpo"), ("sd21", "ddpo_aesthetic"), ("sdxl", "draft_pickscore")}
+QUICK = {("sd15", "ddpo_compressibility"), ("sd21", "ddpo_aesthetic"), ("sdxl", "diffusion_dpo")}
 CASES = [pytest.param(name, argument, marks=() if (name, argument) in QUICK else pytest.mark.slow)
          for name, loaded in CONFIGS.items() for argument in loaded.ARGUMENTS]  # fmt: skip
 
