@@ -69,13 +69,13 @@ def load(source: str, data_dir: str, size: tuple[int, int]) -> Answers:
             apart = None if several or "annotator" not in stored else [str(name) for name in stored["annotator"]]
         who = apart or [str(name) for name in names] * n
         return _answers(pair_reader(ArrayPairs(arrays), size), np.repeat(np.arange(n), p.shape[1]), arrays["prompts"], p.reshape(-1),
-                      np.full(p.size, 1 / p.shape[1]), who, first=np.ones(p.size, bool), ordered=False)  # fmt: skip
+                        np.full(p.size, 1 / p.shape[1]), who, first=np.ones(p.size, bool), ordered=False)  # fmt: skip
     records = pair_data(source, data_dir)
     facts = [(r.prompt, r.p_a, r.weight, r.annotator) for r in (records[i] for i in range(len(records)))]
     prompts, p_a, weight, who = (list(column) for column in zip(*facts, strict=True))
     p = np.array(p_a)
     return _answers(pair_reader(records, size), np.arange(len(p)), prompts, p, np.array(weight), who, first=p >= 0.5,
-                  ordered=bool((p < 0.5).any()))  # fmt: skip
+                    ordered=bool((p < 0.5).any()))  # fmt: skip
 
 
 def _holds_lists(source: str) -> bool:
@@ -104,7 +104,7 @@ def _listed(source: str, size: tuple[int, int]) -> Answers:
 
     p = np.where(score[n, i] > score[n, j], 1.0, 0.5)
     made = _answers(read, np.arange(len(n)), [lists["prompts"][k] for k in n], p, 1 / np.bincount(n)[n], [""] * len(n),
-                  first=np.ones(len(n), bool), ordered=False)  # fmt: skip
+                    first=np.ones(len(n), bool), ordered=False)  # fmt: skip
     return made._replace(lists=Lists(pictures, ranks, lists["prompts"]))
 
 

@@ -4,10 +4,10 @@
 Columns: CPU-seconds of value and gradient by q, k and v (the least of three, after one that compiles), and the peak memory.
 """
 
-import resource
 import subprocess
 import sys
-import time
+
+from process import memory, seconds
 
 CASES = ((16, 1024, 8, 4), (4, 1024, 8, 40), (2, 4096, 8, 40), (16, 256, 8, 8))
 LIMITS = (0, 2**20, 2**21, 2**22, 2**23, 2**24)  # 0: all scores are kept from the forward pass
@@ -22,14 +22,8 @@ def measure(case: tuple[int, ...], limit: int) -> None:
     attention.SCORES = limit or 2**62
     q, k, v = (jax.random.normal(jax.random.key(i), case) for i in range(3))
     program = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(attention.attention(*x))), (0, 1, 2)))
-    jax.block_until_ready(program(q, k, v))
-    seconds = []
-    for _ in range(3):
-        began = time.process_time()
-        jax.block_until_ready(program(q, k, v))
-        seconds.append(time.process_time() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(f"[B,N,H,D] {list(case)} at a time {limit or 'all, kept'}: {min(seconds):.2f} s, {peak:.0f} MB", flush=True)
+    took = min(seconds(lambda: jax.block_until_ready(program(q, k, v))))
+    print(f"[B,N,H,D] {list(case)} at a time {limit or 'all, kept'}: {took:.2f} s, {memory('VmHWM'):.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

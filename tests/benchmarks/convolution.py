@@ -3,28 +3,16 @@
   taskset -c 0 python tests/benchmarks/convolution.py
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from process import seconds
 
 from alignment_jax.models.convolution import convolution
 from alignment_jax.training import build
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 STEPS = 8
-
-
-def seconds(program, *arguments) -> float:
-    """The least CPU-seconds of three calls, after one that compiles."""
-    jax.block_until_ready(program(*arguments))
-    out = []
-    for _ in range(3):
-        began = time.process_time()
-        jax.block_until_ready(program(*arguments))
-        out.append(time.process_time() - began)
-    return min(out)
 
 
 def layer(own: bool, unroll: int) -> float:
@@ -37,7 +25,8 @@ def layer(own: bool, unroll: int) -> float:
         return jax.tree.map(lambda a, g: a - 1e-5 * g, state, gradients), None
 
     x, k = jax.random.normal(jax.random.key(0), (16, 16, 16, 96)), 0.05 * jax.random.normal(jax.random.key(1), (3, 3, 96, 96))
-    return seconds(jax.jit(lambda s: jax.lax.scan(step, s, None, STEPS, unroll=unroll)[0]), (x, k))
+    program = jax.jit(lambda s: jax.lax.scan(step, s, None, STEPS, unroll=unroll)[0])
+    return min(seconds(lambda: jax.block_until_ready(program((x, k)))))
 
 
 def network(unroll: int) -> float:
@@ -47,7 +36,8 @@ def network(unroll: int) -> float:
     value = lambda x, p: jnp.square(bundle.denoise(p, x, jnp.full(16, 0.5), cond)).sum()
     step = lambda p: lambda x, _: (x - 1e-3 * jax.grad(value)(x, p), None)
     x = jax.random.normal(jax.random.key(0), (16, *bundle.sample_shape))
-    return seconds(jax.jit(lambda x, p: jax.lax.scan(step(p), x, None, STEPS, unroll=unroll)[0]), x, params)
+    program = jax.jit(lambda x, p: jax.lax.scan(step(p), x, None, STEPS, unroll=unroll)[0])
+    return min(seconds(lambda: jax.block_until_ready(program(x, params))))
 
 
 if __name__ == "__main__":

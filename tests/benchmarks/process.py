@@ -18,6 +18,17 @@ def memory(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1000
 
 
+def seconds(call: Callable[[], Any], times: int = 3) -> list[float]:
+    """CPU-seconds of each of `times` calls, which must wait for their results, after one that compiles."""
+    call()
+    out = []
+    for _ in range(times):
+        began = time.process_time()
+        call()
+        out.append(time.process_time() - began)
+    return out
+
+
 def serve(build: Callable[[], tuple[Callable[[], Json], Json]]) -> None:
     """Builds (step, what to say), and does a step for every line of standard input; says its CPU-seconds and memory.
 

@@ -22,7 +22,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from peers import probe, write_folder  # noqa: E402
-from process import Worker, in_turns, serve  # noqa: E402
+from process import Worker, in_turns, seconds, serve  # noqa: E402
 
 COMMON = {"guidance": 5.0, "prompt": "a red house", "alpha": 0.1}
 CASES: dict[str, dict[str, Any]] = {
@@ -92,13 +92,7 @@ def bookkeeping(particles: int, steps: int) -> float:
 
     keys, x = jax.random.split(jax.random.key(0), 1), jnp.ones((particles, 32, 32, 4))
     rewards = jax.random.normal(jax.random.key(1), (steps, 1, particles))
-    jax.block_until_ready(run(keys, x, rewards))
-    out = []
-    for _ in range(5):
-        began = time.process_time()
-        jax.block_until_ready(run(keys, x, rewards))
-        out.append(time.process_time() - began)
-    return float(np.median(out))
+    return float(np.median(seconds(lambda: jax.block_until_ready(run(keys, x, rewards)), 5)))
 
 
 def memory(folder: Path) -> None:

@@ -95,14 +95,11 @@ def trains(world, kind, name, lora):
         assert -100.0 < float(metrics["reward/mean"]) < 0.0
 
 
-@pytest.mark.parametrize("kind, name, lora", [("sd15", "ddpo", True)])
-def test_methods_train_a_lora_or_the_whole_network(kind, name, lora, world):
-    trains(world, kind, name, lora)
+CASES = [pytest.param(kind, name, lora, marks=() if (kind, name, lora) == ("sd15", "ddpo", True) else pytest.mark.slow)
+         for name in sorted(METHODS) for kind in ("sd15", "sdxl") for lora in (True, False)]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, lora", [("sd15", True), ("sd15", False), ("sdxl", True), ("sdxl", False)])
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("kind, name, lora", CASES)
 def test_every_method_trains_every_kind(kind, name, lora, world):
     trains(world, kind, name, lora)
 
