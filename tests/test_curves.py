@@ -7,35 +7,39 @@ Configs without a file there are not measured yet.
 
 import json
 import os
-import platform
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from alignment_jax.evaluation.statistics import unflatten
 from alignment_jax.training import count
 from alignment_jax.training.calls import network_calls
-from alignment_jax.training.logging import read
+from alignment_jax.training.logging import machine, read
 from alignment_jax.training.loop import plain
 
 ROOT = Path(__file__).parents[1]
 CURVES = ROOT / "tests" / "curves"
 CONFIGS = runpy.run_path(str(ROOT / "configs" / "critters.py"))
 NAMES = CONFIGS["ARGUMENTS"]
+MADE = {  # what configs read, each made of those before it
+    "data_cache/critters_pairs.npz": "label --guidance_scale=2 --pairs=4096 --out=data_cache/critters_pairs.npz",
+    "runs/reward": "train-reward --config=configs/critters_reward.py:picture --workdir=runs/reward",
+    "runs/states": "train-reward --config=configs/critters_reward.py:noisy --workdir=runs/states",
+}
 SERIES = ("gold/all", "proxy", "diversity/pixel_right")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_measure(name, tmp_path):
-    """Trains the config as it stands and writes what was measured."""
-    if "pairs" in CONFIGS["get_config"](name).data and not (ROOT / "data_cache" / "critters_pairs.npz").exists():
-        command = ["label", "--guidance_scale=2", "--pairs=4096", "--out=data_cache/critters_pairs.npz"]
-        subprocess.run([sys.executable, "-m", "alignment_jax", *command], check=True, cwd=ROOT)
+    """Trains the config as it stands, after what it reads, and writes what was measured."""
+    read_last = max((i for i, path in enumerate(MADE) if path in str(CONFIGS["get_config"](name))), default=-1)
+    for path, arguments in list(MADE.items())[: read_last + 1]:
+        if not (ROOT / path).exists():
+            subprocess.run([sys.executable, "-m", "alignment_jax", *arguments.split()], check=True, cwd=ROOT)
     workdir = tmp_path / name
     command = ["train", f"--config=configs/critters.py:{name}", f"--workdir={workdir}"]
     process = subprocess.Popen([sys.executable, "-m", "alignment_jax", *command], cwd=ROOT)
@@ -47,7 +51,7 @@ def test_measure(name, tmp_path):
     over_time = {key: unflatten(rows, key) for key in SERIES}
     curve = {
         "name": name, "method": summary["method"], "seed": summary["seed"], "config": plain(CONFIGS["get_config"](name)),
-        "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].platform} device, jax {jax.__version__}",
+        "machine": machine(),
         "wall_seconds": summary["wall_seconds"], "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": 1024 * used.ru_maxrss,
         "calls_a_step": calls, "network_calls": network_calls(calls) * rows[-1]["step"],
         "trained_parameters": summary["trained_parameters"], "kl": summary["kl"],

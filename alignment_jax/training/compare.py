@@ -22,6 +22,7 @@ from . import build, steering
 from .calls import network_calls
 from .checkpoint import save_json
 from .generate import load_run, pictures, split
+from .logging import machine
 
 ROWS = 128  # of the network at once: what a batch of prompts with all their particles comes to
 KINDS = ("gold", "proxy", "diversity")
@@ -29,7 +30,7 @@ KINDS = ("gold", "proxy", "diversity")
 
 def compare(file: str, names: Sequence[str], nfes: Sequence[int], out: str | Path, *, seed: int = 0, run: str = "",
             sizes: dict[str, int] | None = None) -> str:  # fmt: skip
-    """Measures the methods that `file` names at each budget, writes NAME.json into `out`, and the table and figure of all there.
+    """Measures the methods that `file` names at each budget; NAME.json in `out` grows point by point, then table and figure of all there.
 
     Plain sampling by the file's first config is measured once, as "base"; a method whose sampler is another has its own "base" in
     its file. run: a run that is steered instead of the model itself. sizes: num_prompts, samples instead of the configs'. Budgets
@@ -57,7 +58,7 @@ def compare(file: str, names: Sequence[str], nfes: Sequence[int], out: str | Pat
         for nfe, settings in plans[name]:
             print(f"{name} within {nfe} calls: {settings}", flush=True)
             points.append({"nfe": nfe, **measured(config, settings, seed, run)})
-        _write(folder / f"{name}.json", config, points, seed, run, base=plain_.get(sampling))
+            _write(folder / f"{name}.json", config, points, seed, run, base=plain_.get(sampling))
     return page(folder)
 
 
@@ -117,7 +118,7 @@ def measured(config: Any, settings: dict[str, Any] | None, seed: int, run: str) 
                           images=grid(images) if config.samples > 1 else None)  # fmt: skip
     means = {name: float(np.mean(value)) for name, value in info.items()}
     found = {"method": settings, "calls": network_calls(counts), "counts": counts, **{k: numbers[k] for k in KINDS}, "info": means, **meter,
-             "batch": batch}  # fmt: skip
+             "batch": batch, "machine": machine()}  # fmt: skip
     return dict(plain(found))
 
 
@@ -138,8 +139,8 @@ def page(folder: Path) -> str:
     text = "\n".join(rows) + "\n"
     about = ("Test-time methods at equal numbers of network calls a sample (a backward pass counted as two). Gold: a judge that no method "
              "sees; proxy: the reward they follow; both with 95 % intervals over prompts. Diversity: within a prompt among right samples, "
-             "relative to plain sampling. Seconds and temporary memory: of one sample, of one batch. The alarm fires where the proxy rose "
-             "and gold fell.\n\n")  # fmt: skip
+             "relative to plain sampling. Seconds and temporary memory: of one sample, of one batch, on the machine that the method's "
+             "file names beside the point. The alarm fires where the proxy rose and gold fell.\n\n")  # fmt: skip
     (folder / "comparison.md").write_text(f"{about}{text}\n![Over the calls](comparison.png)\n")
     return text
 

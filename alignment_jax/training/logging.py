@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -15,39 +16,37 @@ from ..evaluation.summary import plain
 
 
 class MetricLog:
-    """Writes dictionaries of scalars to workdir/metrics.jsonl and TensorBoard; only process 0 writes.
+    """Writes dictionaries of scalars to workdir/metrics.jsonl and TensorBoard, of other processes than 0 to metrics_1.jsonl, ...
 
-    What is not finite is written as null, for JSON knows neither NaN nor infinity, and `read` gives NaN back. A resumed run
-    drops the lines at and after the step it resumes from, so that the file is that of one run.
+    rows: all of them since the run began. What is not finite is written as null, for JSON knows neither NaN nor infinity, and
+    `read` gives NaN back. A resumed run drops the lines at and after the step it resumes from, so that the file is that of one run.
     """
 
     def __init__(self, workdir: str | Path, resume_step: int = 0):
         from tensorboardX import SummaryWriter
 
-        self.active = jax.process_index() == 0
-        self.path = Path(workdir) / "metrics.jsonl"
+        index = jax.process_index()
+        self.path = Path(workdir) / (f"metrics_{index}.jsonl" if index else "metrics.jsonl")
         self.start = time.time()
-        if not self.active:
-            return
-        kept = [m for m in read(self.path) if m["step"] <= resume_step] if resume_step else []
-        if kept:
-            self.start -= kept[-1]["time"]
-        self.path.write_text("".join(_line(m) for m in kept))
-        self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step or None)
+        self.rows = [m for m in read(self.path) if m["step"] <= resume_step] if resume_step else []
+        if self.rows:
+            self.start -= self.rows[-1]["time"]
+        self.path.write_text("".join(_line(m) for m in self.rows))
+        self._writer = None if index else SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step or None)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """One line; values are turned into floats."""
-        if not self.active:
-            return
         values = {k: float(np.asarray(v)) for k, v in metrics.items()}
+        self.rows.append({"step": step, "time": round(time.time() - self.start, 3), **values})
         with self.path.open("a") as f:
-            f.write(_line({"step": step, "time": round(time.time() - self.start, 3), **values}))
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            f.write(_line(self.rows[-1]))
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes."""
-        if self.active:
+        if self._writer:
             self._writer.close()
 
 
@@ -68,3 +67,9 @@ def read(path: str | Path) -> list[dict[str, Any]]:
             break
         rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows
+
+
+def machine() -> str:
+    """What measurements were taken on: processor, devices, version of jax."""
+    kind = jax.devices()[0].device_kind
+    return f"{platform.machine()}, {jax.device_count()} {kind} device{'s' if jax.device_count() > 1 else ''}, jax {jax.__version__}"
