@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import critters
-from .sources import Source
+from .sources import Chance, Source
 
 SIZES = {"full": {"train": 22_000, "held_out": 2_000}, "tiny": {"train": 48, "held_out": 16}}
 SEED = 0
@@ -70,7 +70,7 @@ def batches(data: Any, batch_size: int, seed: int, shard: tuple[int, int] = (0, 
     A batch: "images" uint8 [B,32,32,3], "captions" (list of B), "attributes" int32 [B,6], "nuisances" {name: [B]}.
     """
 
-    def make(indices: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    def make(indices: np.ndarray, chance: Chance) -> dict[str, Any]:
         if not isinstance(data, dict):
             return _collect([data[int(i)] for i in indices])
         return {"images": data["images"][indices], "captions": [data["captions"][i] for i in indices],

@@ -14,34 +14,53 @@ from .pairs import picture
 Batch = dict[str, Any]
 
 
+class Chance:
+    """numpy's generator for the rows of one process: it draws what one process would draw for all rows, and gives its own."""
+
+    def __init__(self, seed: tuple[int, int], shard: tuple[int, int]):
+        self._rng, (self._index, self._count) = np.random.default_rng(seed), shard
+
+    def _own(self, drawn: np.ndarray) -> np.ndarray:
+        n = len(drawn) // self._count
+        return drawn[self._index * n : (self._index + 1) * n]
+
+    def random(self, n: int) -> np.ndarray:
+        """Uniform numbers [n]."""
+        return self._own(self._rng.random(n * self._count))
+
+    def standard_normal(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+        """Normal numbers [n, ...]."""
+        return self._own(self._rng.standard_normal((shape[0] * self._count, *shape[1:]), dtype))
+
+
 class Source:
     """Batches in a shuffled order that get_state and set_state resume exactly (grain under it).
 
-    make(indices [B], rng) -> batch: called on the host for every batch, with a generator of its own.
-    Every process reads its own shard of the order.
+    make(indices [B], chance) -> batch: called on the host for every batch. shard: (process, processes); each makes its own rows
+    of the same batches, so that a run is the same with any number of them, and goes on with another.
     """
 
-    def __init__(self, n: int, batch: int, seed: int, make: Callable[[np.ndarray, np.random.Generator], Batch],
+    def __init__(self, n: int, batch: int, seed: int, make: Callable[[np.ndarray, Chance], Batch],
                  shard: tuple[int, int] = (0, 1)):  # fmt: skip
         import grain
 
         if n < 1:
             raise ValueError("the data set is empty; nothing can be drawn from it")
-        index, count = shard
-        order = grain.MapDataset.range(n).seed(seed).shuffle().repeat()[index::count]
+        order = grain.MapDataset.range(n).seed(seed).shuffle().repeat()
         # the order has no end, so nothing is dropped; rounding its length up would overflow at batches of 1
-        self._iterator = iter(order.batch(batch, drop_remainder=True).to_iter_dataset())
-        self._make, self._seed, self._position = make, seed, 0
+        self._iterator = iter(order.batch(batch * shard[1], drop_remainder=True).to_iter_dataset())
+        self._rows = slice(shard[0] * batch, (shard[0] + 1) * batch)
+        self._make, self._seed, self._shard, self._position = make, seed, shard, 0
         self.prompts: Sequence[str] = ()  # what a prompt source draws from
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        indices = np.asarray(next(self._iterator))
-        rng = np.random.default_rng((self._seed, self._position))
+        indices = np.asarray(next(self._iterator))[self._rows]
+        chance = Chance((self._seed, self._position), self._shard)
         self._position += 1
-        return self._make(indices, rng)
+        return self._make(indices, chance)
 
     def get_state(self) -> dict[str, Any]:
         """What set_state needs to go on with the batch after the last one."""
@@ -59,7 +78,7 @@ def prompt_source(prompts: Sequence[str], tokenize: Callable[[Sequence[str]], np
     """Batches of prompts_per_batch x group samples, the samples of one prompt side by side."""
     tokens = tokenize(prompts)
 
-    def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
+    def make(indices: np.ndarray, chance: Chance) -> Batch:
         rows = np.repeat(indices, group)
         names = [prompts[i] for i in rows]
         batch = {"prompts": names, "prompt_id": rows.astype(np.int32), "tokens": tokens[rows]}
@@ -95,8 +114,8 @@ def _array_source(arrays: dict[str, np.ndarray], texts: Sequence[str], tokenize:
                   encode: Callable[[Sequence[str]], Any] | None = None) -> Source:  # fmt: skip
     tokens, null = tokenize(texts), tokenize([""])[0]
 
-    def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        dropped, names = rng.random(len(indices)) < drop, [texts[i] for i in indices]
+    def make(indices: np.ndarray, chance: Chance) -> Batch:
+        dropped, names = chance.random(len(indices)) < drop, [texts[i] for i in indices]
         batch = {**{k: v[indices] for k, v in arrays.items()}, "prompts": names, "prompt_id": indices.astype(np.int32),
                  "tokens": _emptied(tokens[indices], dropped, null)}  # fmt: skip
         return batch | ({"condition": encode(names)} if encode else {})
@@ -137,11 +156,11 @@ def pair_source(pairs: Any, tokenize: Callable[[Sequence[str]], np.ndarray], siz
     read, null = pair_reader(pairs, size), tokenize([""])[0]
     tokens = tokenize(pairs.prompts) if hasattr(pairs, "prompts") else None  # in memory: what is too long is said now
 
-    def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
+    def make(indices: np.ndarray, chance: Chance) -> Batch:
         rows = read(indices)
         texts = rows.pop("prompts")
         found = tokenize(texts) if tokens is None else tokens[indices]
-        return {**rows, "tokens": _emptied(found, rng.random(len(indices)) < drop, null), "prompt_id": indices.astype(np.int32)}
+        return {**rows, "tokens": _emptied(found, chance.random(len(indices)) < drop, null), "prompt_id": indices.astype(np.int32)}
 
     return Source(len(pairs), batch, seed, make, shard)
 

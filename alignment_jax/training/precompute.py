@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..data.sources import Batch, Source
+from ..data.sources import Batch, Chance, Source
 from ..models.bundle import ModelBundle
 
 Tree = Any
@@ -87,8 +87,8 @@ def latent_source(folder: str | Path, *, batch: int, seed: int, drop: float = 0.
         raise ValueError(f"{root} lacks {len(absent)} of {len(parts)} parts, first {absent[0]}; run precompute again")
     row, null = _read(parts), dict(np.load(root / "null.npz"))
 
-    def make(indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        rows, dropped = [row(int(i)) for i in indices], rng.random(len(indices)) < drop
+    def make(indices: np.ndarray, chance: Chance) -> Batch:
+        rows, dropped = [row(int(i)) for i in indices], chance.random(len(indices)) < drop
         batch: Batch = {"prompt_id": indices.astype(np.int32)}
         for path in rows[0]:
             value = np.stack([r[path] for r in rows])
@@ -99,7 +99,7 @@ def latent_source(folder: str | Path, *, batch: int, seed: int, drop: float = 0.
             node[last] = value.astype(np.float32) if value.dtype.kind == "f" else value
         for name in [s for s in SAMPLES.values() if s in batch]:
             mean, logvar = batch[name]["mean"], batch[name].get("logvar")
-            batch[name] = mean if logvar is None else mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
+            batch[name] = mean if logvar is None else mean + np.exp(0.5 * logvar) * chance.standard_normal(mean.shape, np.float32)
         return batch
 
     return Source(about["n"], batch, seed, make, shard)

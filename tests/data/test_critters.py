@@ -87,7 +87,7 @@ def test_the_builder_writes_and_reads_without_tensorflow(tmp_path):
 
 
 def test_a_source_resumes_exactly_where_it_was():
-    make = lambda i, rng: (i.tolist(), rng.random())  # noqa: E731
+    make = lambda i, chance: (i.tolist(), chance.random(1).item())  # noqa: E731
     source = Source(50, 8, 3, make)
     for _ in range(9):  # into the second pass
         next(source)
