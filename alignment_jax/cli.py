@@ -76,6 +76,9 @@ def _train_flags() -> None:
 def train(rest: Sequence[str]) -> None:
     """Trains what --config describes into --workdir; goes on where an earlier run stopped."""
     _no_more(rest)
+    from .training import distributed
+
+    distributed.start()
     _compilation_cache()
     config = FLAGS.config
     if config.get("kind") == "reward":

@@ -35,7 +35,10 @@ def few_compiled_programs():
         gc.collect()
 
 
-TOYS = {"test_every_algorithm.py", "test_stable_diffusion.py", "test_steered_stable_diffusion.py"}
+TOYS = {f"test_{name}.py" for name in (
+    "attention_maps", "closed_forms", "drivers", "embedding", "every_algorithm", "every_method", "export", "full_evaluation", "guidance",
+    "noise_optimisation", "online_preference", "particles", "policy_gradient", "preference", "processes", "sharding",
+    "stable_diffusion", "steered_stable_diffusion")}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

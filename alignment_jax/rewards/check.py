@@ -88,6 +88,6 @@ def _columns(reward: Reward) -> tuple[int, ...]:
     return (len(columns(reward)),) if columns(reward) else ()
 
 
-def to_uint8(observation: jax.Array) -> np.ndarray:
+def to_uint8(observation: jax.Array | np.ndarray) -> np.ndarray:
     """Pictures [B,H,W,C] in [0, 1] as the uint8 that host rewards and files take."""
     return np.asarray(jnp.round(255.0 * jnp.clip(observation, 0.0, 1.0))).astype(np.uint8)

@@ -29,7 +29,7 @@ from ..rewards import REWARDS, columns
 from ..rewards.base import Reward
 from ..rewards.combine import weighted
 from ..weights import files as weight_files
-from . import steering
+from . import sharding, steering
 from .names import call, named, nearest
 from .optimizer import optimizer
 from .precompute import latent_source
@@ -59,18 +59,22 @@ class Run(NamedTuple):
     learning_rate: Callable[[int], Any]
 
 
-def model(config: Any) -> tuple[ModelBundle, Tree]:
+def model(config: Any, on: sharding.Layout | None = None) -> tuple[ModelBundle, Tree]:
     """(bundle, params) of config.model (a name, "module:factory", or a folder or hub id as diffusers writes it) and config.weights.
 
-    weights: "shipped" (the model's own), "init" (random), or a .safetensors file of the whole model. model_options: the
-    factory's arguments, and for folders `variant` (such as "fp16") and `param_dtype`, what parameters are kept in.
+    on: where the parameters are put, None: on one device. weights: "shipped" (the model's own), "init" (random), or a .safetensors
+    file of the whole model. model_options: the factory's arguments, and for folders `variant` (such as "fp16") and `param_dtype`,
+    what parameters are kept in.
     """
-    bundle, _, read = described(config)
-    return bundle, read()
+    bundle, shapes, read = described(config)
+    if on is None:
+        return bundle, read(None)
+    sharding.check(on, shapes)
+    return bundle, read(sharding.shardings(on, shapes))
 
 
-def described(config: Any) -> tuple[ModelBundle, Tree, Callable[[], Tree]]:
-    """(bundle, shapes of its parameters, read) of a config as in `model`; only read() opens the weights."""
+def described(config: Any) -> tuple[ModelBundle, Tree, Callable[..., Tree]]:
+    """(bundle, shapes of its parameters, read) of a config as in `model`; only read(shardings or None) opens the weights."""
     kwargs, source = dict(config.get("model_options") or {}), config.get("weights", "shipped")
     stored = {k: kwargs.pop(k, None) for k in ("variant", "param_dtype")}
     path = None
@@ -84,15 +88,17 @@ def described(config: Any) -> tuple[ModelBundle, Tree, Callable[[], Tree]]:
     if source != "shipped" or path is None:
         where = entry.weights if source == "shipped" else source
 
-        def read() -> Tree:
-            return jax.jit(bundle.init)(jax.random.key(config.seed)) if source == "init" else weights.load(where, shapes)
+        def read(where_to: Tree = None) -> Tree:
+            if source == "init":
+                return jax.jit(bundle.init, out_shardings=where_to)(jax.random.key(config.seed))
+            return jax.device_put(weights.load(where, shapes), where_to)
 
         return bundle, shapes, read
     dtype = jnp.dtype(stored["param_dtype"] or "float32")
 
-    def components() -> Tree:
-        return {name: weight_files.load_component(path / name, like, stem=stable_diffusion.COMPONENTS[name],
-                                                  variant=stored["variant"], dtype=dtype)
+    def components(where_to: Tree = None) -> Tree:
+        return {name: weight_files.load_component(path / name, like, stem=stable_diffusion.COMPONENTS[name], variant=stored["variant"],
+                                                  dtype=dtype, sharding=where_to and where_to[name])
                 for name, like in shapes.items()}  # fmt: skip
 
     kept = lambda x: jax.ShapeDtypeStruct(x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
@@ -281,9 +287,9 @@ def _no_more(data: dict[str, Any]) -> None:
         raise ValueError(f"config.data has fields that this method does not read: {', '.join(data)}")
 
 
-def build_run(config: Any) -> Run:
-    """Builds every part that the config names. Raises ValueError, before compiling, for whatever does not fit."""
-    bundle, params = model(config)
+def build_run(config: Any, on: sharding.Layout) -> Run:
+    """Builds every part that the config names, on a layout. Raises ValueError, before compiling, for whatever does not fit."""
+    bundle, params = model(config, on)
     plan = planned(config, bundle, params, reward(config))
     shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]
     needs = plan.parts.algorithm.needs

@@ -23,7 +23,7 @@ from ..evaluation.summary import counted, gold, measurement, summary
 from ..rewards import JUDGES, columns
 from ..rewards.check import score_host, to_uint8
 from ..rewards.judge import by_reward
-from . import build
+from . import build, sharding
 from .checkpoint import save_json
 from .state import TrainState
 
@@ -50,9 +50,10 @@ class Evaluator:
         if len(self.prompts) < wanted:
             raise ValueError(f"evaluation wants {e.num_prompts} + {e.quick_prompts} prompts and {e.prompts} has {len(self.prompts)}; "
                              "lower evaluation.num_prompts or evaluation.quick_prompts")  # fmt: skip
-        self.cond = session.programs.encode(session.frozen, jnp.asarray(run.parts.bundle.tokenize(self.prompts)))
+        self.cond = sharding.whole(session.programs.encode(session.frozen, run.parts.bundle.tokenize(self.prompts)))
         self.judge = JUDGES[e.judge]() if isinstance(e.judge, str) and e.judge in JUDGES else by_reward(build.one_reward(e.judge))
-        self.chunk = int(e.get("chunk", 256))
+        shards = sharding.shards(session.layout.mesh)
+        self.chunk = -(-int(e.get("chunk", 256)) // shards) * shards
         self.columns = columns(run.parts.reward) if run.parts.reward else ()
         self.targets = self.judge.targets(self.prompts)
         # the stochastic twin of a deterministic sampler, whose path has a KL
@@ -115,14 +116,15 @@ class Evaluator:
         from tqdm import tqdm
 
         keys, rows = self._rows(num_prompts, samples, first)
-        n, base = len(rows), self.session.run.params
-        size = min(self.chunk, n)
+        n, base, on = len(rows), self.session.run.params, self.session.layout
+        shards = sharding.shards(on.mesh)
+        size = min(self.chunk, -(-n // shards) * shards)
         out = []
-        for i in tqdm(range(0, n, size), desc=label, unit="chunk", disable=not label, leave=False):
-            chosen = np.minimum(np.arange(i, i + size), n - 1)
-            cond = jax.tree.map(lambda x, r=rows[chosen]: x[r], self.cond)
+        for i in tqdm(range(0, n, size), desc=label, unit="chunk", disable=not label or jax.process_index() > 0, leave=False):
+            chosen = np.minimum(np.arange(i, i + size), n - 1)  # the last ones are repeated, so that the devices share alike
+            its_keys, cond = sharding.spread(on, (keys[chosen], jax.tree.map(lambda x, r=rows[chosen]: x[r], self.cond)))
             began = time.perf_counter()
-            out.append(np.asarray(program(params, base, lam, keys[chosen], cond)))
+            out.append(sharding.whole(program(params, base, lam, its_keys, cond)))
             if clock is not None:
                 clock.append((time.perf_counter() - began) / size)
         return np.concatenate(out)[:n]
@@ -140,7 +142,7 @@ class Evaluator:
 
     def judged(self, x0: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> dict[str, Any]:
         """The judge's and the reward's opinion of samples x0 [N,...] for the prompts `rows` [N], as [P, G, ...]."""
-        images = np.concatenate([np.asarray(self._decode(self.session.run.params, jnp.asarray(x0[i : i + self.chunk])))
+        images = np.concatenate([sharding.whole(self._decode(self.session.run.params, x0[i : i + self.chunk]))
                                  for i in range(0, len(x0), self.chunk)])  # fmt: skip
         verdict = self.judge.look(images, self.targets[rows])
         scores = self.proxy(images, rows)
@@ -225,6 +227,8 @@ class Evaluator:
         whole = summary(config=self.config.get("name", self.config.method.name), method=self.config.method.name,
                         seed=int(self.config.seed), wall_seconds=wall, trained_parameters=trained, **models, kl=kl,
                         alarm=alarm)  # fmt: skip
+        if jax.process_index() > 0:
+            return whole
         save_json(workdir / "summary.json", whole)
         scales = (run.parts.guidance.scale, self.base_guidance)
         low, high = run.parts.guidance.interval or (-np.inf, np.inf)

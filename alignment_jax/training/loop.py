@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
 
 from .. import weights
 from ..evaluation.over_optimisation import early_stop
 from ..evaluation.statistics import unflatten
 from ..rewards.check import probe, score_host, to_uint8
-from . import build, sharding, step
+from . import build, distributed, sharding, step
 from .checkpoint import Checkpointer, save_json
 from .evaluate import Evaluator
 from .logging import MetricLog, read
@@ -30,11 +31,11 @@ Tree = Any
 
 
 class Session(NamedTuple):
-    """A run that is set up: its parts, programs, mesh, the arrays no step changes, and the microbatch size."""
+    """A run that is set up: its parts, programs, layout, the arrays no step changes, and the microbatch size."""
 
     run: build.Run
     programs: Programs
-    mesh: Mesh
+    layout: sharding.Layout
     frozen: Tree
     microbatch: int
     reward_errors: str = "raise"
@@ -42,20 +43,22 @@ class Session(NamedTuple):
 
 def set_up(config: Any) -> tuple[Session, TrainState]:
     """Builds everything that a config names; checks the reward on a probe batch before anything long compiles."""
-    run = build.build_run(config)
+    layout = sharding.layout(config.get("sharding", {}))
+    run = build.build_run(config, layout)
     if run.parts.reward is not None and run.parts.algorithm.needs.reward and not run.parts.reward.noisy:
         shape = jax.eval_shape(run.parts.bundle.decode, run.params, jnp.zeros((1, *run.parts.bundle.sample_shape))).shape
         warning = probe(run.parts.reward, shape[1:], run.source.prompts[:4])
         if warning:
             logging.warning(warning)
-    mesh = sharding.make_mesh()
-    programs = compile_programs(run.parts)
+    programs = compile_programs(run.parts, partial(sharding.kept, layout))
+    if layout.backend == "pmap":
+        programs = sharding.pmapped(layout, programs)
     key = jax.random.key(config.seed)
     trained, frozen_params = run.parts.partition.init(jax.random.fold_in(key, 0), run.params)
-    frozen = sharding.replicate(mesh, build.frozen_tree(run, programs, frozen_params))
-    state = programs.init(jax.random.fold_in(key, 1), sharding.replicate(mesh, trained), frozen["null"])
+    frozen = sharding.place(layout, build.frozen_tree(run, programs, frozen_params))
+    state = programs.init(jax.random.fold_in(key, 1), sharding.place(layout, trained), frozen["null"])
     errors = config.get("reward_errors", "raise")
-    return Session(run, programs, mesh, frozen, build.batch_sizes(config)[2], errors), state
+    return Session(run, programs, layout, frozen, build.batch_sizes(config)[2], errors), state
 
 
 def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
 
     What was precomputed, "cond" and samples, stays as it is.
     """
-    data = sharding.shard(session.mesh, {k: v for k, v in batch.items() if k != "prompts"})
+    data = sharding.shard(session.layout, {k: v for k, v in batch.items() if k != "prompts"})
     if "cond" in data and session.run.parts.trains_text:
         raise ValueError("precomputed text states do not change with the text encoder, which this run trains; leave data.latents empty")
     cond = data.pop("cond") if "cond" in data else session.programs.encode(session.frozen, data.pop("tokens"))
@@ -119,10 +122,10 @@ def score(session: Session, rolled: Tree, batch: dict[str, Any], number: int) ->
         inputs = (rolled["x0"], rolled.get("condition", {}))
         rewards = step.mapped(lambda k, t: programs.score(frozen, *t), n, session.microbatch, jnp.zeros(n), inputs)
     else:
-        pictures = to_uint8(_mapped(session, programs.to_pictures, rolled["x0"]))
+        pictures = to_uint8(sharding.own(session.layout, _mapped(session, programs.to_pictures, rolled["x0"])))
         values, parts = score_host(run.parts.reward, pictures, batch["prompts"], {}, batch_index=number,
                                    on_error=session.reward_errors)  # fmt: skip
-        rewards = sharding.shard(session.mesh, values)
+        rewards = sharding.shard(session.layout, values)
     shown = {f"reward/{k}": np.nanmean(v) for k, v in parts.items() if np.shape(v) == (n,)}
     return rewards, {"reward/mean": jnp.nanmean(rewards), "reward/std": jnp.nanstd(rewards), **shown}
 
@@ -141,8 +144,12 @@ def train(config: Any, workdir: str | Path) -> Path:
     began = time.time()
     workdir = Path(workdir).expanduser().absolute()
     whose(workdir, config)
+    if jax.process_count() > 1:
+        distributed.preflight(distributed.facts(config, workdir))
     session, state = set_up(config)
-    claim(workdir, config)
+    if jax.process_index() == 0:
+        claim(workdir, config)
+    distributed.together("workdir", patience=600.0)  # setting up reads weights, on some hosts for the first time
     steps, updates = int(config.steps), int(config.batch.get("updates", 1))
     checkpoints = Checkpointer(workdir)
     state = resume(workdir, session, state)
@@ -154,7 +161,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     announce(config, session, state, steps)
     evaluator = Evaluator(config, session) if config.get("evaluation") else None
     stop = Interrupt()
-    guard = Guard(workdir, session) if evaluator and config.get("early_stop") else None
+    guard = Guard(workdir, session, log) if evaluator and config.get("early_stop") else None
     if evaluator and config.evaluate_every and start == 0 and steps > 0:
         log.write(0, evaluator.quick(state, base=True))
         if guard:
@@ -163,11 +170,12 @@ def train(config: Any, workdir: str | Path) -> Path:
     trained_seconds = time.time()
     from tqdm import tqdm
 
+    stopping = False
     with stop, tqdm(total=steps, initial=start, desc="align", unit="step", disable=jax.process_index() > 0) as bar:
         for number in range(start, steps):
             clock = time.perf_counter()
             state, metrics = one_step(session, state, next(session.run.source), updates)
-            last = number + 1 == steps
+            last, stopping = number + 1 == steps, stop.agreed()
             metrics = {k: float(v) for k, v in metrics.items()} | {"lr": float(session.run.learning_rate(int(state.step) - 1))}
             metrics["images_per_second"] = samples / (time.perf_counter() - clock)
             if not np.isfinite(metrics["loss"]):
@@ -179,21 +187,21 @@ def train(config: Any, workdir: str | Path) -> Path:
             log.write(number + 1, metrics)
             bar.update()
             bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "reward", "reward/mean", "gold/all") if k in metrics})
-            if stop.asked or last or (config.checkpoint_every and (number + 1) % config.checkpoint_every == 0):
+            if stopping or last or (config.checkpoint_every and (number + 1) % config.checkpoint_every == 0):
                 save(workdir, checkpoints, session, state)
             if guard and judged and guard.look(state):
                 state = resume(workdir, session, state)
                 break
-            if stop.asked:
+            if stopping:
                 break
     checkpoints.close()
     log.close()
-    if stop.asked:
+    if stopping:
         print(f"stopped at step {int(state.step) // updates}; the same command goes on from there", flush=True)
         return workdir
     if evaluator:
         clocks = {"train": time.time() - trained_seconds, "since": began}
-        evaluator.report(workdir, state, read(workdir / "metrics.jsonl"), clocks, stopped(workdir))
+        evaluator.report(workdir, state, log.rows, clocks, stopped(workdir))
     return workdir
 
 
@@ -202,7 +210,7 @@ def resume(workdir: Path, session: Session, state: TrainState) -> TrainState:
     checkpoints = Checkpointer(workdir, "best" if stopped(workdir) else "checkpoints")
     if checkpoints.steps():
         restored, position = checkpoints.restore(state)
-        state = sharding.replicate(session.mesh, restored)
+        state = sharding.place(session.layout, restored)
         session.run.source.set_state(position)
     checkpoints.close()
     return state
@@ -217,12 +225,12 @@ def stopped(workdir: Path) -> str:
 class Guard:
     """Early stopping on the gold panel: keeps the best state in workdir/best, and says when gold has fallen from it."""
 
-    def __init__(self, workdir: Path, session: Session):
-        self.workdir, self.session, self.best = workdir, session, Checkpointer(workdir, "best", keep=1)
+    def __init__(self, workdir: Path, session: Session, log: MetricLog):
+        self.workdir, self.session, self.log, self.best = workdir, session, log, Checkpointer(workdir, "best", keep=1)
 
     def look(self, state: TrainState) -> bool:
         """To be called after each measurement; True: stop, stopped.json and trained.safetensors are those of the best state."""
-        gold = unflatten(read(self.workdir / "metrics.jsonl"), "gold/all")
+        gold = unflatten(self.log.rows, "gold/all")
         verdict = early_stop(gold)
         if verdict["best"] == len(gold) - 1:
             self.best.save(state, self.session.run.source.get_state())
@@ -230,17 +238,25 @@ class Guard:
             return False
         step = self.best.steps()[-1]
         reason = f"Stopped early at step {int(state.step)}: {verdict['reason']} The state of step {step} is kept."
-        weights.save(self.workdir / "trained.safetensors", averaged(self.best.restore(state)[0]))
-        save_json(self.workdir / "stopped.json", {"step": step, "reason": reason})
-        print(f"\n{reason}", flush=True)
+        ship(self.workdir, averaged(self.best.restore(state)[0]))
+        if jax.process_index() == 0:
+            save_json(self.workdir / "stopped.json", {"step": step, "reason": reason})
+            print(f"\n{reason}", flush=True)
+        distributed.together(f"stopped at {step}")  # resuming reads it
         return True
 
 
 def save(workdir: Path, checkpoints: Checkpointer, session: Session, state: TrainState) -> None:
     """A checkpoint to resume from, and the tuned parameters alone for whoever samples."""
     checkpoints.save(state, session.run.source.get_state())
+    ship(workdir, averaged(state))
+
+
+def ship(workdir: Path, trained: Tree) -> None:
+    """trained.safetensors; every process takes part, and process 0 writes."""
+    trained = sharding.whole(trained)
     if jax.process_index() == 0:
-        weights.save(workdir / "trained.safetensors", averaged(state))
+        weights.save(workdir / "trained.safetensors", trained)
 
 
 def averaged(state: TrainState) -> Tree:
@@ -301,6 +317,10 @@ class Interrupt:
     def __init__(self) -> None:
         self.asked = False
         self._previous: dict[int, Any] = {}
+
+    def agreed(self) -> bool:
+        """Whether any process was asked, the same answer on all of them: they save together or not at all."""
+        return self.asked if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(self.asked)).any())
 
     def __enter__(self) -> Interrupt:
         def handle(number: int, frame: Any) -> None:

@@ -110,8 +110,11 @@ def differentiable_reward(parts: Parts, frozen: Tree, keys: Array, x0: Array, co
     return parts.reward.score(frozen["reward"], observation, condition)
 
 
-def build(parts: Parts) -> Programs:
-    """Compiles nothing yet: each program compiles at its first call, and only then."""
+def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree) -> Programs:
+    """Compiles nothing yet: each program compiles at its first call, and only then.
+
+    kept(tree) -> tree: inside a program, says where on the devices a state and gradients lie (see `sharding.kept`).
+    """
     algorithm, bundle = parts.algorithm, parts.bundle
 
     own = {name: optax.adam(network.learning_rate) for name, network in algorithm.needs.own.items()}
@@ -123,9 +126,9 @@ def build(parts: Parts) -> Programs:
         fresh = {name: network.init(jax.random.fold_in(key_own, i), cond)
                  for i, (name, network) in enumerate(algorithm.needs.own.items())}  # fmt: skip
         ema = trained if parts.ema_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), trained, parts.optimizer.init(trained), copies,
-                          {name: (params, own[name].init(params)) for name, params in fresh.items()}, ema,
-                          algorithm.init(key_extra), key_run)  # fmt: skip
+        return kept(TrainState(jnp.zeros((), jnp.int32), trained, parts.optimizer.init(trained), copies,
+                               {name: (params, own[name].init(params)) for name, params in fresh.items()}, ema,
+                               algorithm.init(key_extra), key_run))  # fmt: skip
 
     def encode(frozen: Tree, tokens: Array) -> Tree:
         return {"tokens": tokens} if parts.trains_text else bundle.encode_text(frozen["params"], tokens)
@@ -163,7 +166,7 @@ def build(parts: Parts) -> Programs:
             return sums["loss"], sums
 
         grads, sums = jax.grad(total, has_aux=True)(learned)
-        return grads, sums
+        return kept(grads), sums
 
     def accumulate(a: Any, b: Any) -> Any:
         (grads_a, sums_a), (grads_b, sums_b) = a, b
@@ -183,7 +186,7 @@ def build(parts: Parts) -> Programs:
         copies = {name: follow(rules[name], copy, trained, step) for name, copy in state.copies.items()}
         ema = follow(("ema", parts.ema_decay), state.ema, trained, step) if parts.ema_decay else None
         info = {**sums, "grad_norm": optax.tree.norm(grads)}
-        return state._replace(step=step, trained=trained, opt_state=opt_state, copies=copies, own=others, ema=ema), info
+        return kept(state._replace(step=step, trained=trained, opt_state=opt_state, copies=copies, own=others, ema=ema)), info
 
     return Programs(
         init=jax.jit(init), encode=jax.jit(encode), to_samples=jax.jit(to_samples), to_pictures=jax.jit(to_pictures),

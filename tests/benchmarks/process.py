@@ -1,5 +1,6 @@
 """Processes that do one step at a time, so that two of them can be measured in turns on one core. No library but Python's own."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -32,13 +33,15 @@ def seconds(call: Callable[[], Any], times: int = 3) -> list[float]:
 def serve(build: Callable[[], tuple[Callable[[], Json], Json]]) -> None:
     """Builds (step, what to say), and does a step for every line of standard input; says its CPU-seconds and memory.
 
-    peak is that since the step before: Linux lets a process forget its high-water mark.
+    peak is that since the step before: Linux lets a process forget its high-water mark, and what glibc has free, such as what a
+    compiler leaves, is given back first.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print, and what is said is JSON
     step, more = build()
     print(json.dumps({**more, "start_mb": memory("VmRSS"), "start_cpu": time.process_time()}), file=out, flush=True)
     for _ in sys.stdin:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         took = step()
         print(json.dumps({**took, "peak_mb": memory("VmHWM")}), file=out, flush=True)

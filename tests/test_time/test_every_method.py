@@ -109,10 +109,10 @@ import sys; sys.path[:0] = [{str(here.parent)!r}, {str(here)!r}]
 import json, jax, numpy as np, test_every_method as table
 from alignment_jax.training import sharding
 assert jax.device_count() == 8
-mesh = sharding.make_mesh()
+on = sharding.Layout(sharding.make_mesh())
 out = {{}}
 for name in {names!r}:
-    spread = jax.random.wrap_key_data(sharding.shard(mesh, jax.random.key_data(table.keys(16))))
+    spread = jax.random.wrap_key_data(sharding.shard(on, jax.random.key_data(table.keys(16))))
     out[name] = np.asarray(table.world(name, **table.SETTINGS[name])[0](spread)[0]).tolist()
 print(json.dumps(out))
 """

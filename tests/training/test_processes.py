@@ -1,0 +1,144 @@
+"""Several processes are one run: equal results, resumed by any number of them, and whoever is missing or differs is named."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from alignment_jax.training import distributed
+
+TESTS = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def start(workdir, count, *more, devices=1, steps="plain5", port=None, patience=60, only=None):
+    """The processes of one run of the toy, each with so many devices."""
+    port, started = port or free_port(), []
+    for i in range(count) if only is None else only:
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS), "ALIGNMENT_JAX_PATIENCE": str(patience),
+               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}  # fmt: skip
+        if count > 1:
+            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+        command = [sys.executable, "-m", "alignment_jax", "train", f"--config=tests/toy_config.py:{steps}", f"--workdir={workdir}"]
+        own = more[i] if more and isinstance(more[0], list) else list(more)
+        started.append(subprocess.Popen([*command, *own], env=env, cwd=TESTS.parent, text=True, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT))  # fmt: skip
+    return started
+
+
+def ended(processes, timeout=240):
+    """(exit codes, what they said)."""
+    said = [p.communicate(timeout=timeout)[0] for p in processes]
+    return [p.returncode for p in processes], said
+
+
+def trained(workdir):
+    return load_file(workdir / "trained.safetensors")["unet/kernel"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    codes, said = ended(start(workdir, 1, steps="5"))
+    assert codes == [0], said
+    return workdir
+
+
+def rows(workdir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def test_two_processes_are_one_run_and_each_writes_its_own_file(alone, tmp_path):
+    codes, said = ended(start(tmp_path / "run", 2, devices=2, steps="5"))
+    assert codes == [0, 0], said[0][-2000:] + said[1][-2000:]
+    np.testing.assert_allclose(trained(tmp_path / "run"), trained(alone), atol=1e-5)
+    one, two = rows(alone), rows(tmp_path / "run")
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 1, 2, 3, 4, 5]
+    for name in ("loss", "reward/mean", "reward/std", "gold/all", "kl/path"):
+        a, b = ([r[name] for r in found if name in r] for found in (two, one))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert two[1]["ratio/deviation_max"] == 0.0
+    assert len(rows(tmp_path / "run", "metrics_1.jsonl")) == 6 and (tmp_path / "run" / "report.html").exists()
+    assert "4 x cpu (2 process" in said[0] and "batch " not in said[1]
+
+
+@pytest.mark.parametrize(("count", "devices"), [pytest.param(1, 1, marks=pytest.mark.slow), (1, 4),
+                                                pytest.param(2, 2, marks=pytest.mark.slow)])  # fmt: skip
+def test_a_run_goes_on_with_other_processes_and_devices(alone, count, devices, tmp_path):
+    codes, said = ended(start(tmp_path / "run", 2, devices=1, steps="plain2"))
+    assert codes == [0, 0], said[0][-2000:]
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"steps": 2', '"steps": 5'))
+    codes, said = ended(start(tmp_path / "run", count, devices=devices))
+    assert set(codes) == {0} and "resumed         from step 2" in said[0], said[0][-2000:]
+    np.testing.assert_allclose(trained(tmp_path / "run"), trained(alone), atol=1e-5)
+
+
+def test_when_a_process_is_killed_the_other_ends_in_time_and_the_same_command_goes_on(tmp_path):
+    began = start(tmp_path / "run", 2, steps="plain100000", patience=15)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "trained.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    began[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    said = began[0].communicate(timeout=60)[0]
+    assert time.monotonic() - killed < 40 and began[0].returncode != 0
+    assert "process" in said and "went on from" not in said
+    last = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit())
+    seen = rows(tmp_path / "run")[-1]["step"]
+    assert 0 < last <= seen <= last + 3, "no more than one interval is lost"
+    again = start(tmp_path / "run", 2, steps="plain100000")
+    while len(rows(tmp_path / "run")) <= last + 1 and time.monotonic() < until + 120:
+        time.sleep(0.2)
+    for p in again:
+        p.send_signal(signal.SIGTERM)
+    codes, said = ended(again)
+    assert codes == [0, 0] and f"resumed         from step {last}" in said[0] and "stopped at step" in said[0], said[0][-2000:]
+
+
+def test_hosts_with_different_configs_are_named_with_both_hashes(tmp_path):
+    codes, said = ended(start(tmp_path / "run", 2, [], ["--config.seed=1"]))
+    assert codes == [2, 2]
+    for text in said:
+        assert "the hosts are not alike" in text and "process 1" in text and "config is" in text and "most have" in text
+
+
+def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
+    began = time.monotonic()
+    codes, said = ended(start(tmp_path / "run", 2, patience=3, only=[1]))
+    assert codes == [2] and "process 0 does not answer at 127.0.0.1" in said[0] and time.monotonic() - began < 30
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is set and JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID is not"):
+        distributed.start()
+
+
+FACTS = {"host": "a", "config": "1", "code": "2", "python": "3", "jax": "4", "flax": "5", "optax": "6", "devices": "4 x TPU", "clock": 0.0}
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"sick": "0.10 GB free at /runs, at least 1 are wanted"}, r"process 2 \(b\): 0.10 GB free"), ({"jax": "0"}, "jax is 0, most have 4"),
+    ({"devices": "3 x TPU"}, "devices is 3 x TPU, most have 4 x TPU"), ({"clock": 500.0}, r"its clock is \+500 s off"),
+    ({"code": "x"}, "code is x, most have 2"),
+])  # fmt: skip
+def test_the_host_that_differs_or_is_sick_is_named(monkeypatch, change, says):
+    everyone = [FACTS, FACTS, {**FACTS, "host": "b", **change}]
+    monkeypatch.setattr(distributed, "together", lambda name, word, patience: [json.dumps(f) for f in everyone])
+    with pytest.raises(ValueError, match=says):
+        distributed.preflight(FACTS)
