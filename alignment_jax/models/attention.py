@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 SCORES = 2**21  # of so many entries are the scores that the backward pass holds at a time
+KEPT = 2**18  # scores of no more entries than these are kept: what they take is less than what making them again would
 
 
 def attention(
@@ -27,7 +28,7 @@ def attention(
         return jax.nn.dot_product_attention(q, k, v, mask=where, is_causal=causal,
                                             implementation=implementation)  # type: ignore[arg-type]  # fmt: skip
     scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
-    return _einsum(q, k, v, mask, causal) if causal or scores <= SCORES else _recomputed(q, k, v, mask)
+    return _einsum(q, k, v, mask, causal) if causal or scores <= KEPT else _recomputed(q, k, v, mask)
 
 
 def _einsum(q: Array, k: Array, v: Array, mask: Array | None, causal: bool = False) -> Array:

@@ -27,6 +27,7 @@ def test_the_gradients_are_those_of_scores_kept(monkeypatch, scores, masked):
     q, k, v, mask = inputs()
     mask = mask if masked else None
     value, wanted = gradients(q, k, v, mask)
+    monkeypatch.setattr(module, "KEPT", 0)
     monkeypatch.setattr(module, "SCORES", scores)
     again, got = gradients(q, k, v, mask)
     np.testing.assert_allclose(again, value, rtol=1e-5)
@@ -37,6 +38,7 @@ def test_the_gradients_are_those_of_scores_kept(monkeypatch, scores, masked):
 def test_gradients_keep_bfloat16(monkeypatch):
     q, k, v, mask = inputs(jnp.bfloat16)
     _, wanted = gradients(q, k, v, mask)
+    monkeypatch.setattr(module, "KEPT", 0)
     monkeypatch.setattr(module, "SCORES", 100)
     _, got = gradients(q, k, v, mask)
     for a, b in zip(got, wanted):
