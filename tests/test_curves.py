@@ -66,7 +66,8 @@ def test_measure(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(p.stem for p in CURVES.glob("*.json")))
 def test_the_committed_curve_belongs_to_the_present_config(name):
     curve = json.loads((CURVES / f"{name}.json").read_text())
-    there, here = ({k: v for k, v in c.items() if v != ""} for c in (curve["config"], plain(CONFIGS["get_config"](name))))
+    there, here = ({k: v for k, v in c.items() if v != "" and k != "sharding"}  # where it runs changes nothing
+                   for c in (curve["config"], plain(CONFIGS["get_config"](name))))  # fmt: skip
     assert there == here, "measure anew: see the head of this file"
     assert curve["over_time"][0]["step"] == 0 and curve["over_time"][-1]["step"] == curve["config"]["steps"]
     assert curve["wall_seconds"]["total"] > 0 and {"low", "high", "mean"} <= set(curve["aligned"]["gold"])

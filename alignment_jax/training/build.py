@@ -192,18 +192,21 @@ def _interval(share: Any, schedule: NoiseSchedule) -> tuple[float, float] | None
     return None if (low, high) == (0, 1) else (low * whole, high * whole)
 
 
-def batch_sizes(config: Any) -> tuple[int, int, int]:
-    """(prompts, group, microbatch) of config.batch; the product of the first two is cut into microbatches."""
+def batch_sizes(config: Any, shards: int | None = None) -> tuple[int, int, int]:
+    """(prompts, group, microbatch) of config.batch; the product of the first two is cut into microbatches, these over `shards`.
+
+    shards: default those of config.sharding on the devices at hand.
+    """
     prompts, group = int(config.batch.prompts), int(config.batch.get("group", 1))
     micro = int(config.batch.get("microbatch", 0)) or prompts * group
-    devices = jax.device_count()
+    shards = sharding.shards(sharding.layout(config.get("sharding", {})).mesh) if shards is None else shards
     if min(prompts, group, micro) < 1:
         raise ValueError(f"batch sizes must be at least 1; got prompts {prompts}, group {group}, microbatch {micro}")
-    if (prompts * group) % devices or micro % devices:
-        up = -(-micro // devices) * devices
+    if (prompts * group) % shards or micro % shards:
+        up = -(-micro // shards) * shards
         raise ValueError(f"batch of {prompts} prompts x {group} samples in microbatches of {micro} does not divide over "
-                         f"{devices} devices; the nearest microbatch is {up}, the nearest number of prompts "
-                         f"{-(-prompts * group // devices) * devices // group or 1}")  # fmt: skip
+                         f"{shards} parts (devices but for those of `tensor`); the nearest microbatch is {up}, the nearest number of "
+                         f"prompts {-(-prompts * group // shards) * shards // group or 1}")  # fmt: skip
     return prompts, group, micro
 
 

@@ -270,9 +270,10 @@ def plain(config: Any) -> Any:
 
 
 def whose(workdir: Path, config: Any) -> None:
-    """Raises ValueError when the workdir holds a run of another config, saying what differs."""
+    """Raises ValueError when the workdir holds a run of another config, saying what differs; where it runs may differ."""
     path = workdir / "config.json"
-    differs = differences(json.loads(path.read_text()), plain(config)) if path.exists() else []
+    theirs, mine = json.loads(path.read_text()) if path.exists() else plain(config), plain(config)
+    differs = differences(theirs | {"sharding": {}}, mine | {"sharding": {}})
     if differs:
         raise ValueError(f"{workdir} holds a run of another config:\n  " + "\n  ".join(differs[:10])
                          + "\nChoose another --workdir, or delete that one.")  # fmt: skip

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import worlds
+from jax.sharding import AbstractMesh
 
 from alignment_jax.algorithms import ALGORITHMS
+from alignment_jax.training import sharding
 
 TESTS = Path(__file__).parents[1]
 FORMS = list({entry.family: name for name, entry in reversed(ALGORITHMS.items())}.values())
@@ -61,3 +64,57 @@ def test_eight_devices_equal_one(kind, names):
         assert (cut > 4) == ("fsdp" in kind), f"{name}: {cut} arrays of the state are cut"
         for a, b in zip(jax.tree.leaves(worlds.run_steps(name, 5, n=64)[2].trained), eight, strict=True):
             np.testing.assert_allclose(np.ravel(a), b, atol=1e-5, err_msg=name)
+
+
+def on(rules=(), **sizes):
+    """A layout of devices that are not there."""
+    sizes = {"dcn": 1, "data": 1, "fsdp": 1, "tensor": 1, **sizes}
+    return sharding.Layout(AbstractMesh(tuple(sizes.values()), tuple(sizes)), rules)
+
+
+def tree(**shapes):
+    return {"unet": {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}}
+
+
+def specs(layout, **shapes):
+    return {name: tuple(s.spec) for name, s in sharding.shardings(layout, tree(**shapes))["unet"].items()}
+
+
+def test_fsdp_cuts_the_largest_dimension_that_divides_and_leaves_small_arrays_whole():
+    found = specs(on(fsdp=8), wide=(320, 1280), tall=(49408, 768), odd=(77, 768), bias=(1280,), conv=(3, 3, 4, 640))
+    assert found == {"wide": (None, "fsdp"), "tall": ("fsdp", None), "odd": (None, "fsdp"), "bias": (None,),
+                     "conv": (None, None, None, "fsdp")}  # fmt: skip
+
+
+def test_rules_name_the_last_dimensions_and_fsdp_takes_what_they_leave():
+    found = specs(on(sharding.TENSOR, fsdp=2, tensor=4), **{"attn1.to_q/kernel": (320, 320), "attn1.to_out.0/kernel": (320, 320),
+                                                           "ff.net.0.proj/kernel": (320, 2560), "conv1/kernel": (3, 3, 320, 320)})
+    assert found == {"attn1.to_q/kernel": ("fsdp", "tensor"), "attn1.to_out.0/kernel": ("tensor", "fsdp"),
+                     "ff.net.0.proj/kernel": ("fsdp", "tensor"), "conv1/kernel": (None, None, None, "fsdp")}
+
+
+@pytest.mark.parametrize(("layout", "shapes", "says"), [
+    (on(fsdp=7), {"big": (1024, 2048)}, r"no dimension of unet/big \(1024, 2048\) divides by fsdp 7"),
+    (on((("big", (None, "tensor")),), tensor=3), {"big": (4, 8)}, "to be cut over tensor, and 8 does not divide by 3"),
+    (on((("big", (None, None, "tensor")),), tensor=2), {"big": (4, 8)}, "names 3 dimensions"),
+    (on((("nothing", ("fsdp",)),), fsdp=2), {"big": (4, 8)}, r"'nothing' .* matches no parameter; paths are like \['unet/big'\]"),
+])  # fmt: skip
+def test_what_cannot_be_cut_and_rules_without_a_parameter_are_errors(layout, shapes, says):
+    with pytest.raises(ValueError, match=says):
+        sharding.check(layout, tree(**shapes))
+
+
+@pytest.mark.parametrize(("sizes", "says"), [
+    ({"data": 3}, "does not fit 8 devices"), ({"fsdp": 16}, "divides by .1, 2, 4, 8"), ({"fsdp": -1}, "one of them may be -1"),
+    ({"model": 2}, "has the axes dcn, data, fsdp, tensor; got model"), ({"data": 2, "tensor": 2}, "does not fit 8 devices"),
+])  # fmt: skip
+def test_a_mesh_that_does_not_divide_the_devices_is_refused(sizes, says):
+    with pytest.raises(ValueError, match=says):
+        sharding.make_mesh(sizes, [object()] * 8)
+
+
+def test_an_unknown_backend_and_pmap_with_cut_parameters_are_refused():
+    with pytest.raises(ValueError, match="choose 'jit' or 'pmap'"):
+        sharding.layout({"backend": "pjit"})
+    with pytest.raises(ValueError, match="1 rules"):
+        sharding.layout({"backend": "pmap", "rules": (("kernel", ("fsdp",)),)})
