@@ -17,7 +17,7 @@ FLAGS = flags.FLAGS
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; a mistake of the user ends with one message and exit code 2, not with a traceback."""
     argv = list(sys.argv if argv is None else argv)
-    commands = {"train": (_train_flags, train), "train-reward": (_train_flags, train_reward),
+    commands = {"train": (_loop_flags, train), "train-reward": (_train_flags, train_reward),
                 "sample": (_sample_flags, sample), "evaluate": (_evaluate_flags, evaluate),
                 "score": (_score_flags, score), "label": (_label_flags, label), "export": (_export_flags, export),
                 "convert": (_convert_flags, convert), "list": (_list_flags, list_),
@@ -73,6 +73,12 @@ def _train_flags() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
 
+def _loop_flags() -> None:
+    _train_flags()
+    flags.DEFINE_string("profile", "", "FIRST:LAST, steps of which WORKDIR/profile gets a trace for XProf and the metrics the seconds "
+                        "of each part.")  # fmt: skip
+
+
 def train(rest: Sequence[str]) -> None:
     """Trains what --config describes into --workdir; goes on where an earlier run stopped."""
     _no_more(rest)
@@ -90,10 +96,18 @@ def train(rest: Sequence[str]) -> None:
         return
     from .training import loop
 
-    loop.train(config, FLAGS.workdir)
+    loop.train(config, FLAGS.workdir, _steps(FLAGS.profile) if FLAGS.profile else None)
     report = Path(FLAGS.workdir) / "report.html"
     if report.exists():
         print(f"report: {report}")
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """(first, last) of FIRST:LAST; "steps=" before it is left out."""
+    first, _, last = text.removeprefix("steps=").partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ValueError(f"--profile {text!r} is not FIRST:LAST, two numbers of steps counted from 1, such as 10:15")
+    return int(first), int(last)
 
 
 def train_reward(rest: Sequence[str]) -> None:

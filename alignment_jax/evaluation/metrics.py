@@ -59,6 +59,7 @@ METRICS: dict[str, str] = {
     "pairs/age": "Mean age of the counted pairs, in steps; 0 when all were drawn by this step.",
     "<head>/clean": "A recogniser's accuracy on held-out renders: one attribute, or all of them.",
     "<head>/augmented": "The same on augmented renders; far below clean: easy to fool as a reward.",
+    "seconds/<part>": "Of the steps that are profiled: waiting for data, rollout, reward, anchor, update, one after the other.",
     "images_per_second": "Samples drawn and learned from, per second of this step.",
 }
 

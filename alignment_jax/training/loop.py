@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,8 +83,21 @@ def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
     return out | data
 
 
-def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates: int = 1) -> tuple[TrainState, dict[str, Any]]:
-    """rollout, rewards, items, anchor, update: one pass of the algorithm over one host batch."""
+class Laps:
+    """Seconds of the parts of a step, each of which waits for its results: for a few steps, since nothing overlaps then."""
+
+    def __init__(self) -> None:
+        self.seconds, self._last = dict[str, float](), time.perf_counter()
+
+    def __call__(self, part: str, results: Tree) -> None:
+        jax.block_until_ready(results)
+        now = time.perf_counter()
+        self.seconds[f"seconds/{part}"], self._last = now - self._last, now
+
+
+def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates: int = 1,
+             lap: Callable[[str, Tree], None] = lambda part, results: None) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+    """rollout, rewards, items, anchor, update: one pass of the algorithm over one host batch; lap is told when each is done."""
     programs, frozen, size = session.programs, session.frozen, session.microbatch
     needs = session.run.parts.algorithm.needs
     data = device_batch(session, batch)
@@ -91,9 +105,11 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
     number = int(state.step)
     roll_key, prepare_key, item_key = jax.random.split(jax.random.fold_in(state.key, number), 3)
     rolled = step.mapped(lambda k, d: programs.rollout(state, frozen, k, d), n, size, jax.random.split(roll_key, n), data)
+    lap("rollout", rolled)
     rewards, metrics = None, dict[str, Any]()
     if needs.reward == "value":
         rewards, metrics = score(session, rolled, batch, number)
+    lap("reward", rewards)
     items, extra, info = programs.prepare(prepare_key, state.extra, rolled, rewards)
     state = state._replace(extra=extra)
     cond = rolled["cond"]
@@ -101,6 +117,7 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
     n_items = step.leading(items)
     keys = jax.random.split(item_key, n_items)
     items = step.anchored(programs, state, frozen, keys, items, cond, size)
+    lap("anchor", items)
     if n_items % updates:
         raise ValueError(f"{n_items} items do not divide into {updates} updates; choose one of "
                          f"{[d for d in range(1, 17) if n_items % d == 0]}")  # fmt: skip
@@ -109,6 +126,7 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
         rows = slice(None) if order is None else order[part * (n_items // updates) : (part + 1) * (n_items // updates)]
         chosen = (keys, items) if order is None else jax.tree.map(lambda x, r=rows: x[r], (keys, items))
         state, update_info = step.update(programs, state, frozen, chosen[0], chosen[1], cond, size, part == 0)
+    lap("update", state)
     return state, {**metrics, **info, **update_info, "samples_seen": (number // updates + 1) * n}
 
 
@@ -136,9 +154,11 @@ def _mapped(session: Session, program: Any, x: jax.Array) -> jax.Array:
     return step.mapped(lambda k, part: program(session.frozen, part), n, session.microbatch, jnp.zeros(n), x)
 
 
-def train(config: Any, workdir: str | Path) -> Path:
+def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = None) -> Path:
     """Trains, evaluates and writes the report; a workdir that holds checkpoints is resumed. Returns the workdir.
 
+    profile: (first, last) steps, of which workdir/profile gets a trace for XProf and TensorBoard, and metrics.jsonl the seconds of
+    each part (seconds/data, rollout, reward, anchor, update).
     SIGTERM and Ctrl-C save a checkpoint and return quietly, so that a preempted run goes on where it was.
     """
     began = time.time()
@@ -170,11 +190,20 @@ def train(config: Any, workdir: str | Path) -> Path:
     trained_seconds = time.time()
     from tqdm import tqdm
 
-    stopping = False
+    stopping, (first, until) = False, profile or (0, -1)
     with stop, tqdm(total=steps, initial=start, desc="align", unit="step", disable=jax.process_index() > 0) as bar:
         for number in range(start, steps):
             clock = time.perf_counter()
-            state, metrics = one_step(session, state, next(session.run.source), updates)
+            watched = first <= number + 1 <= until
+            if watched and number + 1 == max(first, start + 1):
+                jax.profiler.start_trace(workdir / "profile")
+            laps = Laps()
+            batch = next(session.run.source)
+            laps("data", None)
+            state, metrics = one_step(session, state, batch, updates, *([laps] if watched else []))
+            metrics |= laps.seconds if watched else {}
+            if watched and number + 1 == min(until, steps):
+                jax.profiler.stop_trace()
             last, stopping = number + 1 == steps, stop.agreed()
             metrics = {k: float(v) for k, v in metrics.items()} | {"lr": float(session.run.learning_rate(int(state.step) - 1))}
             metrics["images_per_second"] = samples / (time.perf_counter() - clock)

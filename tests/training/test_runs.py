@@ -16,7 +16,7 @@ from alignment_jax import weights
 from alignment_jax.evaluation.metrics import describe
 from alignment_jax.training import loop, selfcheck
 from alignment_jax.training.checkpoint import Checkpointer
-from alignment_jax.training.logging import MetricLog
+from alignment_jax.training.logging import MetricLog, read
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--config.batch.prompts=4", "--config.batch.microbatch=4", "--config.method.k=1", "--config.method.anchor_weight=0",
@@ -230,3 +230,15 @@ def test_ten_kills_lose_at_most_one_interval_and_end_with_the_same_arrays(tmp_pa
     cli(*start(tmp_path / "w", 40))
     a, b = (weights.load(tmp_path / name / "trained.safetensors") for name in ("straight", "w"))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_profile_has_a_trace_of_its_steps_and_their_parts_seconds(tmp_path):
+    cli("train", "--config=tests/toy_config.py:plain4", f"--workdir={tmp_path / 'run'}", "--profile=steps=2:3",
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})  # fmt: skip
+    rows = read(tmp_path / "run" / "metrics.jsonl")
+    timed = [row["step"] for row in rows if "seconds/rollout" in row]
+    assert timed == [2, 3] and all(rows[1][f"seconds/{part}"] > 0 for part in ("data", "rollout", "reward", "anchor", "update"))
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    wrong = cli("train", "--config=tests/toy_config.py:plain4", f"--workdir={tmp_path / 'other'}", "--profile=5:3", check=False,
+                env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})  # fmt: skip
+    assert wrong.returncode == 2 and "'5:3' is not FIRST:LAST" in wrong.stderr
