@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .guidance import Denoise
+from .parameterization import predict
 from .schedule import expand
 from .transition import Sampler, Transition, transition
 
@@ -97,7 +98,11 @@ def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array
         output = denoise(x, jnp.broadcast_to(times[i], x.shape[:1]), state.cond)
         if control is not None:
             output = control(i, x, output)
-        step_ = transition(sampler, i, x, output, previous=state.x0, noise_scale=1.0 if noise_scale is None else noise_scale[i])
+        previous = state.x0
+        if start and sampler.solver == "dpmsolver++":  # begun in the middle: no prediction was made before, so of first order
+            own, _ = predict(sampler.prediction, output, x, jnp.asarray(sampler.grid.alpha)[i], jnp.asarray(sampler.grid.sigma)[i])
+            previous = jnp.where(i == start, own, previous)
+        step_ = transition(sampler, i, x, output, previous=previous, noise_scale=1.0 if noise_scale is None else noise_scale[i])
         state = State(noise(noise_key, i, step_), step_.x0, state.carry, state.cond)
         if select is not None:
             state = select(select_key, i, state)

@@ -207,3 +207,14 @@ def test_blending_two_gaussians_of_one_variance_gives_the_blended_mean():
     mixed = d.sample(KEY, d.blended(net(1.0), net(0.0), 0.6), None, sampler, x_T)[0]
     np.testing.assert_allclose(mixed, ends[1], atol=2e-5)
     assert not np.allclose(ends[0], ends[1])
+
+
+def test_a_second_order_solver_begun_in_the_middle_takes_its_first_step_by_first_order():
+    """Trap: the state that the walk begins with was taken for the step before's clean prediction."""
+    schedule = d.cosine(t_max=0.98)
+    made = {solver: d.Sampler(schedule, d.sampling_grid(schedule, 20), "x0", solver=solver) for solver in ("ddim", "dpmsolver++")}
+    net = lambda x, t, c: jnp.tanh(x) * (1 - t)[:, None]  # noqa: E731
+    x = jax.random.normal(KEY, (5, 2))
+    walk = lambda solver, start, stop: d.sample(KEY, net, None, made[solver], x, start=start, stop=stop)[0]  # noqa: E731
+    np.testing.assert_allclose(walk("dpmsolver++", 7, 8), walk("ddim", 7, 8), atol=1e-6)
+    assert not np.allclose(walk("dpmsolver++", 7, 9), walk("ddim", 7, 9), atol=1e-5)
