@@ -50,7 +50,7 @@ setup(
         "critters": CRITTERS,
         "notebooks": NOTEBOOKS,
         "parity": ["torch", "diffusers", "transformers", "open_clip_torch"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", *CRITTERS, *NOTEBOOKS],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "jsonschema>=4", "pyyaml>=6", *CRITTERS, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["alignment_jax = alignment_jax.cli:main"]},
 )

@@ -34,7 +34,7 @@ def start(patience: float = PATIENCE) -> None:
         raise ValueError(f"{', '.join(sorted(given))} is set and {', '.join(sorted(set(names) - set(given)))} is not; set all three, or "
                          "none and ALIGNMENT_JAX_DISTRIBUTED=1 on Cloud TPU or Slurm")  # fmt: skip
     if not given:
-        jax.distributed.initialize(initialization_timeout=int(patience))
+        jax.distributed.initialize(initialization_timeout=int(patience), heartbeat_timeout_seconds=int(patience))
         return
     address, index = given["JAX_COORDINATOR_ADDRESS"], int(given["JAX_PROCESS_ID"])
     host, _, port = address.rpartition(":")

@@ -162,6 +162,8 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     SIGTERM and Ctrl-C save a checkpoint and return quietly, so that a preempted run goes on where it was.
     """
     began = time.time()
+    if "://" in str(workdir):
+        raise ValueError(f"workdir {workdir} is an address, and a folder is needed; mount the bucket (gcsfuse) and name the folder")
     workdir = Path(workdir).expanduser().absolute()
     whose(workdir, config)
     if jax.process_count() > 1:

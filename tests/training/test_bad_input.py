@@ -65,6 +65,11 @@ def test_pictures_of_another_size_or_kind_are_refused(tmp_path):
         loop.set_up(config)
 
 
+def test_a_workdir_in_a_bucket_is_refused_and_not_made_a_local_folder():
+    with pytest.raises(ValueError, match="gs://bucket/run is an address, and a folder is needed"):
+        loop.train(changed(), "gs://bucket/run")
+
+
 def test_a_batch_that_does_not_divide_names_the_nearest():
     with pytest.raises(ValueError, match="does not divide over 8 parts .* the nearest microbatch is 16"):
         build.batch_sizes(ml_collections.ConfigDict({"batch": {"prompts": 12, "group": 1}}), 8)
