@@ -1,4 +1,4 @@
-"""python -m alignment_jax {train, train-reward, sample, evaluate, score, label, export, convert, list, selfcheck}."""
+"""python -m alignment_jax {train, train-reward, plan, sample, evaluate, score, label, export, convert, list, selfcheck}."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; a mistake of the user ends with one message and exit code 2, not with a traceback."""
     argv = list(sys.argv if argv is None else argv)
     commands = {"train": (_loop_flags, train), "train-reward": (_train_flags, train_reward),
-                "sample": (_sample_flags, sample), "evaluate": (_evaluate_flags, evaluate),
+                "plan": (_plan_flags, plan), "sample": (_sample_flags, sample), "evaluate": (_evaluate_flags, evaluate),
                 "score": (_score_flags, score), "label": (_label_flags, label), "export": (_export_flags, export),
                 "convert": (_convert_flags, convert), "list": (_list_flags, list_),
                 "selfcheck": (_selfcheck_flags, selfcheck)}  # fmt: skip
@@ -118,6 +118,34 @@ def train_reward(rest: Sequence[str]) -> None:
 
     if reward_model.train(FLAGS.config, FLAGS.workdir):
         print(f"reward: --config.reward='{{\"name\": \"trained\", \"folder\": \"{FLAGS.workdir}\"}}'")
+
+
+# -- plan ----------------------------------------------------------------------------------------------------------
+
+
+def _plan_flags() -> None:
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "FILE.py:ARGUMENT, an ml_collections config.", lock_config=True)
+    flags.DEFINE_string("topology", "", "A TPU slice such as v5e:4x4, which need not be there; without it, the devices at hand.")
+    flags.DEFINE_bool("json", False, "One JSON object.")
+    flags.DEFINE_bool("fresh", False, "Compile anew what an earlier plan has kept.")
+    flags.mark_flags_as_required(["config"])
+
+
+def plan(rest: Sequence[str]) -> None:
+    """Compiles one step of --config ahead of time: does it fit, what does it cost; needs no weights and, with --topology, no TPU."""
+    _no_more(rest)
+    if FLAGS.topology:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # libtpu only compiles here
+    else:
+        _compilation_cache()
+    from .training import plan as plans
+
+    found = plans.plan(FLAGS.config, FLAGS.topology, fresh=FLAGS.fresh, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(found, indent=1) if FLAGS.json else plans.text(found))
 
 
 # -- sample --------------------------------------------------------------------------------------------------------

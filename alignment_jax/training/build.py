@@ -300,10 +300,10 @@ def build_run(config: Any, on: sharding.Layout) -> Run:
     return Run(plan.parts, params, plan.sampler, source, plan.learning_rate)
 
 
-def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | None) -> Plan:
-    """Everything but parameters and data; params may be shapes alone. Raises as `build_run` does."""
+def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | None, shards: int | None = None) -> Plan:
+    """Everything but parameters and data; params may be shapes alone. shards: as in `batch_sizes`. Raises as `build_run` does."""
     sampler_, guidance = sampler(config, bundle)
-    _, group, _ = batch_sizes(config)
+    _, group, _ = batch_sizes(config, shards)
     method = dict(config.method)
     entry = named(method.pop("name"), ALGORITHMS, "method")
     factory = entry.factory if hasattr(entry, "factory") else entry

@@ -51,9 +51,9 @@ def set_up(config: Any) -> tuple[Session, TrainState]:
         warning = probe(run.parts.reward, shape[1:], run.source.prompts[:4])
         if warning:
             logging.warning(warning)
-    programs = compile_programs(run.parts, partial(sharding.kept, layout))
-    if layout.backend == "pmap":
-        programs = sharding.pmapped(layout, programs)
+    kept, cut = partial(sharding.kept, layout), partial(sharding.cut, layout)
+    programs = (sharding.pmapped(layout, compile_programs(run.parts, kept)) if layout.backend == "pmap"
+                else compile_programs(run.parts, kept, cut))  # fmt: skip
     key = jax.random.key(config.seed)
     trained, frozen_params = run.parts.partition.init(jax.random.fold_in(key, 0), run.params)
     frozen = sharding.place(layout, build.frozen_tree(run, programs, frozen_params))

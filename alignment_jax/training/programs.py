@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -110,10 +110,10 @@ def differentiable_reward(parts: Parts, frozen: Tree, keys: Array, x0: Array, co
     return parts.reward.score(frozen["reward"], observation, condition)
 
 
-def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree) -> Programs:
+def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: Callable[[Tree], Tree] = lambda tree: tree) -> Programs:
     """Compiles nothing yet: each program compiles at its first call, and only then.
 
-    kept(tree) -> tree: inside a program, says where on the devices a state and gradients lie (see `sharding.kept`).
+    kept(tree), cut(tree) -> tree: inside a program, say where on the devices a state and gradients lie, and a batch (see `sharding`).
     """
     algorithm, bundle = parts.algorithm, parts.bundle
 
@@ -188,9 +188,13 @@ def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree) -> Pro
         info = {**sums, "grad_norm": optax.tree.norm(grads)}
         return kept(state._replace(step=step, trained=trained, opt_state=opt_state, copies=copies, own=others, ema=ema)), info
 
+    def on_batch(program: Callable[..., Tree], same: int) -> Callable[..., Tree]:
+        """The jitted program, whose arguments after the first `same` are batches."""
+        return jax.jit(wraps(program)(lambda *arguments: program(*arguments[:same], *cut(arguments[same:]))))
+
     return Programs(
-        init=jax.jit(init), encode=jax.jit(encode), to_samples=jax.jit(to_samples), to_pictures=jax.jit(to_pictures),
-        rollout=jax.jit(rollout), score=jax.jit(score), prepare=jax.jit(prepare),
-        anchor=jax.jit(anchor), gradient=jax.jit(gradient),
+        init=jax.jit(init), encode=on_batch(encode, 1), to_samples=on_batch(to_samples, 1), to_pictures=on_batch(to_pictures, 1),
+        rollout=on_batch(rollout, 2), score=on_batch(score, 1), prepare=jax.jit(prepare),
+        anchor=on_batch(anchor, 2), gradient=on_batch(gradient, 3),
         accumulate=jax.jit(accumulate, donate_argnums=0), apply=jax.jit(apply, donate_argnums=0),
     )  # fmt: skip

@@ -141,6 +141,13 @@ def kept(on: Layout, tree: Tree) -> Tree:
     return tree if on.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings(on, tree))
 
 
+def cut(on: Layout, tree: Tree) -> Tree:
+    """Inside a compiled program: a batch's arrays [B, ...] are cut over the devices, if B divides."""
+    whole, where = shards(on.mesh), NamedSharding(on.mesh, BATCH)
+    one = lambda x: jax.lax.with_sharding_constraint(x, where) if x.ndim and x.shape[0] % whole == 0 else x  # noqa: E731
+    return tree if on.mesh.size == 1 else jax.tree.map(one, tree)
+
+
 def pmapped(on: Layout, programs: Programs) -> Programs:
     """The second backend, `jax.pmap`: each device runs the programs on its own share of a batch, and all hold all parameters.
 

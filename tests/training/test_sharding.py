@@ -33,7 +33,8 @@ if "tensor" in settings:
 on = sharding.layout(settings)
 on = on._replace(rules=on.rules[:2])
 build, run, data = worlds.build, worlds.mixture_run, worlds.mixture_data
-worlds.build = lambda parts: build(parts, partial(sharding.kept, on))
+hooks = [partial(sharding.kept, on), partial(sharding.cut, on)]
+worlds.build = lambda parts: build(parts, *hooks[: 1 if on.backend == "pmap" else 2])
 worlds.mixture_data = lambda *a, **k: sharding.shard(on, data(*a, **k))
 
 def placed(*a, **k):
