@@ -149,7 +149,8 @@ def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: C
         return value(parts, frozen, x0, condition)
 
     def prepare(key: Array, extra: Tree, rolled: Tree, rewards: Array | None) -> Any:
-        return algorithm.prepare(key, extra, rolled, rewards)
+        items, extra, info = algorithm.prepare(key, extra, rolled, rewards)
+        return cut(items), extra, info
 
     def anchor(state: TrainState, frozen: Tree, keys: Array, items: Tree) -> Tree:
         return algorithm.anchor(keys, bind(parts, learned(state), state.copies, frozen), items)

@@ -187,15 +187,13 @@ def test_what_stays_on_a_chip_is_what_its_arrays_hold(toy):
     assert toy["held"] == {k: toy["plan"]["hbm_per_chip_bytes"][k] for k in toy["held"]}
 
 
-@pytest.mark.parametrize("names", [
-    ("encode", "rollout", "to_pictures", "prepare", "gradient", "accumulate", "apply"),
-    pytest.param(("anchor",), marks=pytest.mark.xfail(strict=True, reason="prepare leaves its items whole on every device")),
-])  # fmt: skip
-def test_the_programs_of_a_plan_need_what_the_called_ones_need(names, toy):
-    """Within 5 %: an array too small to matter may lie whole in the loop and cut in the plan."""
-    planned = {name: toy["plan"]["programs"][name]["reads"] + toy["plan"]["programs"][name]["temporaries"] for name in names}
-    assert planned == pytest.approx({name: sum(toy["called"][name]) for name in names}, rel=0.05, abs=256)
-    assert toy["called"].keys() == toy["plan"]["programs"].keys()
+def test_the_programs_of_a_plan_need_what_the_called_ones_need(toy):
+    """Within 5 %: an array too small to matter may lie whole in the loop and cut in the plan.
+
+    Trap: rows taken out of a sharded batch by their numbers lie whole on every device, and each then does all the work.
+    """
+    planned = {name: p["reads"] + p["temporaries"] for name, p in toy["plan"]["programs"].items()}
+    assert planned == pytest.approx({name: sum(both) for name, both in toy["called"].items()}, rel=0.05, abs=256)
 
 
 def test_fsdp_divides_parameters_and_optimiser_by_the_chips(tmp_path):
