@@ -16,6 +16,15 @@ from safetensors.numpy import load_file
 from alignment_jax.training import distributed
 
 TESTS = Path(__file__).parents[1]
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """A test that fails leaves no process that trains on."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def free_port() -> int:
@@ -36,6 +45,7 @@ def start(workdir, count, *more, devices=1, steps="plain5", port=None, patience=
         own = more[i] if more and isinstance(more[0], list) else list(more)
         started.append(subprocess.Popen([*command, *own], env=env, cwd=TESTS.parent, text=True, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT))  # fmt: skip
+    STARTED.extend(started)
     return started
 
 
