@@ -187,7 +187,8 @@ main(sys.argv)
 def test_early_stopping_goes_back_to_the_state_with_the_best_gold(tmp_path):
     """Gold .9 at step 1 and .1 at step 2: the run stops and keeps the parameters of step 1."""
     session, state = loop.set_up(selfcheck.tiny_config())
-    log, guard = MetricLog(tmp_path), loop.Guard(tmp_path, session)
+    log = MetricLog(tmp_path)
+    guard = loop.Guard(tmp_path, session, log)
     states = []
     for step, gold in enumerate((0.5, 0.9, 0.1)):
         log.write(step, {"gold/all": gold, "gold/all/low": gold - 0.05, "gold/all/high": gold + 0.05, "gold/all/n": 128})
