@@ -65,10 +65,14 @@ def _compilation_cache() -> None:
 # -- train ---------------------------------------------------------------------------------------------------------
 
 
-def _train_flags() -> None:
+def _config_flag() -> None:
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, "FILE.py:ARGUMENT, an ml_collections config.", lock_config=True)
+
+
+def _train_flags() -> None:
+    _config_flag()
     flags.DEFINE_string("workdir", None, "Folder of the run; one that holds checkpoints is resumed.")
     flags.mark_flags_as_required(["config", "workdir"])
 
@@ -124,9 +128,7 @@ def train_reward(rest: Sequence[str]) -> None:
 
 
 def _plan_flags() -> None:
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "FILE.py:ARGUMENT, an ml_collections config.", lock_config=True)
+    _config_flag()
     flags.DEFINE_string("topology", "", "A TPU slice such as v5e:4x4, which need not be there; without it, the devices at hand.")
     flags.DEFINE_bool("json", False, "One JSON object.")
     flags.DEFINE_bool("fresh", False, "Compile anew what an earlier plan has kept.")

@@ -67,10 +67,7 @@ def model(config: Any, on: sharding.Layout | None = None) -> tuple[ModelBundle, 
     what parameters are kept in.
     """
     bundle, shapes, read = described(config)
-    if on is None:
-        return bundle, read(None)
-    sharding.check(on, shapes)
-    return bundle, read(sharding.shardings(on, shapes))
+    return bundle, read(None if on is None else sharding.check(on, shapes))
 
 
 def described(config: Any) -> tuple[ModelBundle, Tree, Callable[..., Tree]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from . import loop
+from . import loop, sharding
 from .calls import counted
 
 
@@ -25,7 +25,7 @@ def one_step(config: Any) -> dict[str, int]:
         reward = reward._replace(score=score, tower=None)
     parts = parts._replace(bundle=bundle, reward=reward)
     run = session.run._replace(parts=parts)
-    session = session._replace(run=run, programs=loop.compile_programs(parts))
+    session = session._replace(run=run, programs=sharding.programs(session.layout, parts))
     counter.clear()
     loop.one_step(session, state, next(run.source), int(config.batch.get("updates", 1)))
     jax.effects_barrier()

@@ -52,8 +52,7 @@ class Evaluator:
                              "lower evaluation.num_prompts or evaluation.quick_prompts")  # fmt: skip
         self.cond = sharding.whole(session.programs.encode(session.frozen, run.parts.bundle.tokenize(self.prompts)))
         self.judge = JUDGES[e.judge]() if isinstance(e.judge, str) and e.judge in JUDGES else by_reward(build.one_reward(e.judge))
-        shards = sharding.shards(session.layout.mesh)
-        self.chunk = -(-int(e.get("chunk", 256)) // shards) * shards
+        self.chunk = int(e.get("chunk", 256))
         self.columns = columns(run.parts.reward) if run.parts.reward else ()
         self.targets = self.judge.targets(self.prompts)
         # the stochastic twin of a deterministic sampler, whose path has a KL
@@ -118,7 +117,7 @@ class Evaluator:
         keys, rows = self._rows(num_prompts, samples, first)
         n, base, on = len(rows), self.session.run.params, self.session.layout
         shards = sharding.shards(on.mesh)
-        size = min(self.chunk, -(-n // shards) * shards)
+        size = -(-min(self.chunk, n) // shards) * shards
         out = []
         for i in tqdm(range(0, n, size), desc=label, unit="chunk", disable=not label or jax.process_index() > 0, leave=False):
             chosen = np.minimum(np.arange(i, i + size), n - 1)  # the last ones are repeated, so that the devices share alike

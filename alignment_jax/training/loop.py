@@ -6,7 +6,6 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from .checkpoint import Checkpointer, save_json
 from .evaluate import Evaluator
 from .logging import MetricLog, read
 from .programs import Programs
-from .programs import build as compile_programs
 from .state import TrainState
 
 Tree = Any
@@ -51,9 +49,7 @@ def set_up(config: Any) -> tuple[Session, TrainState]:
         warning = probe(run.parts.reward, shape[1:], run.source.prompts[:4])
         if warning:
             logging.warning(warning)
-    kept, cut = partial(sharding.kept, layout), partial(sharding.cut, layout)
-    programs = (sharding.pmapped(layout, compile_programs(run.parts, kept)) if layout.backend == "pmap"
-                else compile_programs(run.parts, kept, cut))  # fmt: skip
+    programs = sharding.programs(layout, run.parts)
     key = jax.random.key(config.seed)
     trained, frozen_params = run.parts.partition.init(jax.random.fold_in(key, 0), run.params)
     frozen = sharding.place(layout, build.frozen_tree(run, programs, frozen_params))

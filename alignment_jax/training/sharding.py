@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .programs import Programs
+from .programs import Parts, Programs, build
 
 Tree = Any
 Rule = tuple[str, Sequence[str | None]]  # a regular expression over paths; the axis of each dimension, counted from the last
@@ -58,7 +58,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     slices = {getattr(d, "slice_index", 0) for d in devices}
     if len(slices) > 1 and sizes["dcn"] != len(slices):
         raise ValueError(f"the devices are on {len(slices)} slices, between which the network is slow; set sharding.dcn={len(slices)}")
-    if sizes["dcn"] > 1 and len(slices) > 1:
+    if len(slices) > 1:
         from jax.experimental.mesh_utils import create_hybrid_device_mesh
 
         grid = create_hybrid_device_mesh((1, *shape[1:]), (sizes["dcn"], 1, 1, 1), devices)
@@ -90,12 +90,9 @@ def shards(mesh: Mesh) -> int:
 def shardings(on: Layout, tree: Tree) -> Tree:
     """A NamedSharding for every array: by the rules, then over fsdp along the largest dimension that is left and divides.
 
-    Raises ValueError where a rule's dimension does not divide, where no rule matches any path, and for an array beyond a
-    million entries that fsdp cannot cut.
+    Raises ValueError where a rule's dimension does not divide, and for an array beyond a million entries that fsdp cannot cut.
     """
     mesh, fsdp = on.mesh, on.mesh.shape["fsdp"]
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-    paths = ["/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path) for path, _ in flat]
 
     def spec(path: str, x: Any) -> PartitionSpec:
         axes: list[str | None] = [None] * x.ndim
@@ -117,18 +114,23 @@ def shardings(on: Layout, tree: Tree) -> Tree:
                 raise ValueError(f"no dimension of {path} {x.shape} divides by fsdp {fsdp}; choose a smaller one, or a rule for it")
         return PartitionSpec(*axes)
 
-    return jax.tree_util.tree_unflatten(structure, [NamedSharding(mesh, spec(p, x)) for p, (_, x) in zip(paths, flat, strict=True)])
+    return jax.tree.map(lambda path, x: NamedSharding(mesh, spec(path, x)), _paths(tree), tree)
 
 
-def check(on: Layout, params: Tree) -> None:
-    """Raises ValueError for a rule that matches none of the model's parameters, with some of their paths."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    paths = ["/".join(str(k.key) for k in path) for path, _ in flat]
+def _paths(tree: Tree) -> Tree:
+    """The path of every array, its parts with / between them."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path), tree)
+
+
+def check(on: Layout, params: Tree) -> Tree:
+    """The `shardings` of a model's parameters. Raises ValueError for a rule that matches none of them too, with some of their paths."""
+    paths = jax.tree.leaves(_paths(params))
     for pattern, axes in on.rules:
         if not any(re.search(pattern, path) for path in paths):
             raise ValueError(f"sharding: the rule {pattern!r} ({axes}) matches no parameter; paths are like "
                              f"{paths[:: len(paths) // 4 + 1]}. Give config.sharding.rules of your own, or leave tensor at 1.")  # fmt: skip
-    shardings(on, params)
+    return shardings(on, params)
 
 
 def place(on: Layout, tree: Tree) -> Tree:
@@ -148,22 +150,27 @@ def cut(on: Layout, tree: Tree) -> Tree:
     return tree if on.mesh.size == 1 else jax.tree.map(one, tree)
 
 
+def programs(on: Layout, parts: Parts) -> Programs:
+    """The programs of a run's parts on a layout, by its backend."""
+    stays = partial(kept, on)
+    return pmapped(on, build(parts, stays)) if on.backend == "pmap" else build(parts, stays, partial(cut, on))
+
+
 def pmapped(on: Layout, programs: Programs) -> Programs:
     """The second backend, `jax.pmap`: each device runs the programs on its own share of a batch, and all hold all parameters.
 
     Gradients and sums are added over the devices by psum; `prepare` and `apply` see everything and stay as they are. A batch that
     does not divide, such as the one empty prompt, is not cut.
     """
-
     count, one_each = on.mesh.size, NamedSharding(on.mesh, BATCH)
 
     def over(program: Callable[..., Tree], same: int, added: Callable[[Tree], Tree] | None = None) -> Callable[..., Tree]:
         """program, whose first `same` arguments every device gets whole and whose others are cut; results are joined, or `added`."""
 
         @lru_cache
-        def mapped(cut: int) -> Callable[..., Tree]:
+        def mapped(others: int) -> Callable[..., Tree]:
             one = program if added is None else lambda *arguments: added(program(*arguments))
-            return jax.pmap(one, "data", in_axes=(None,) * same + (0,) * cut, out_axes=0 if added is None else None)
+            return jax.pmap(one, "data", in_axes=(None,) * same + (0,) * others, out_axes=0 if added is None else None)
 
         def call(*arguments: Tree) -> Tree:
             whole, parts = arguments[:same], arguments[same:]

@@ -12,7 +12,6 @@ from alignment_jax.evaluation.metrics import describe
 from alignment_jax.training.checkpoint import Checkpointer
 
 NAMES = sorted(ALGORITHMS)
-FORMS = sorted({e.family: n for n, e in ALGORITHMS.items()}.values())
 VALUE = sorted(n for n, e in ALGORITHMS.items() if e.reward == "value")
 
 

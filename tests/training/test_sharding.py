@@ -23,7 +23,6 @@ LAYOUTS = {"data": {}, "fsdp": {"fsdp": 8, "data": 1}, "data, fsdp and tensor": 
 SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 import json, jax, numpy as np, worlds
-from functools import partial
 from alignment_jax.training import sharding
 assert jax.device_count() == 8
 sharding.SMALL = 1
@@ -32,14 +31,12 @@ if "tensor" in settings:
     settings["rules"] = [("dense_1/kernel$", (None, "tensor")), ("out/kernel$", ("tensor", None))]
 on = sharding.layout(settings)
 on = on._replace(rules=on.rules[:2])
-build, run, data = worlds.build, worlds.mixture_run, worlds.mixture_data
-hooks = [partial(sharding.kept, on), partial(sharding.cut, on)]
-worlds.build = lambda parts: build(parts, *hooks[: 1 if on.backend == "pmap" else 2])
+run, data = worlds.mixture_run, worlds.mixture_data
+worlds.build = lambda parts: sharding.programs(on, parts)
 worlds.mixture_data = lambda *a, **k: sharding.shard(on, data(*a, **k))
 
 def placed(*a, **k):
     parts, programs, state, frozen, sampler = run(*a, **k)
-    programs = sharding.pmapped(on, programs) if on.backend == "pmap" else programs
     return parts, programs, state, sharding.place(on, frozen), sampler
 
 worlds.mixture_run = placed
