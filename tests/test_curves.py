@@ -17,8 +17,8 @@ import pytest
 from alignment_jax.evaluation.statistics import unflatten
 from alignment_jax.training import count
 from alignment_jax.training.calls import network_calls
+from alignment_jax.training.checkpoint import plain
 from alignment_jax.training.logging import machine, read
-from alignment_jax.training.loop import plain
 
 ROOT = Path(__file__).parents[1]
 CURVES = ROOT / "tests" / "curves"

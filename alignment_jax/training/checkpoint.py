@@ -82,3 +82,8 @@ def save_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, default=float))
     temporary.replace(path)
+
+
+def plain(config: Any) -> Any:
+    """A config as the JSON tree that config.json holds."""
+    return json.loads(config.to_json_best_effort() if hasattr(config, "to_json_best_effort") else json.dumps(config))

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from .checkpoint import plain
+
 # seconds that a process waits for another one that has nothing long to do
 PATIENCE = float(os.environ.get("ALIGNMENT_JAX_PATIENCE", "60"))
 
@@ -78,15 +80,19 @@ def together(name: str, word: str = "", patience: float = PATIENCE) -> list[str]
     return words
 
 
+def fingerprints(config: Any) -> dict[str, str]:
+    """Short hashes of a config and of this package's source."""
+    source = b"\0".join(p.read_bytes() for p in sorted(Path(__file__).parents[1].rglob("*.py")))
+    texts = {"config": json.dumps(plain(config), sort_keys=True).encode(), "code": source}
+    return {name: hashlib.sha256(text).hexdigest()[:12] for name, text in texts.items()}
+
+
 def facts(config: Any, workdir: Path) -> dict[str, Any]:
     """What must be alike on every host (config, code, versions, devices), and what must be well on each (disk, clock)."""
     import flax
     import optax
 
-    package = Path(__file__).parents[1]
-    code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(package.rglob("*.py")))).hexdigest()[:12]
-    text = config.to_json_best_effort(sort_keys=True) if hasattr(config, "to_json_best_effort") else json.dumps(config, sort_keys=True)
-    return {"host": socket.gethostname(), "config": hashlib.sha256(text.encode()).hexdigest()[:12], "code": code, "clock": time.time(),
+    return {"host": socket.gethostname(), **fingerprints(config), "clock": time.time(),
             "python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__,
             "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}", **_health(workdir)}  # fmt: skip
 

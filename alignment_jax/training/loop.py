@@ -20,7 +20,7 @@ from ..evaluation.over_optimisation import early_stop
 from ..evaluation.statistics import unflatten
 from ..rewards.check import probe, score_host, to_uint8
 from . import build, distributed, sharding, step
-from .checkpoint import Checkpointer, save_json
+from .checkpoint import Checkpointer, plain, save_json
 from .evaluate import Evaluator
 from .logging import MetricLog, read
 from .programs import Programs
@@ -91,8 +91,12 @@ class Laps:
         self.seconds[f"seconds/{part}"], self._last = now - self._last, now
 
 
+def unwatched(part: str, results: Tree) -> None:
+    """The laps of a step that nobody watches."""
+
+
 def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates: int = 1,
-             lap: Callable[[str, Tree], None] = lambda part, results: None) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+             lap: Callable[[str, Tree], None] = unwatched) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """rollout, rewards, items, anchor, update: one pass of the algorithm over one host batch; lap is told when each is done."""
     programs, frozen, size = session.programs, session.frozen, session.microbatch
     needs = session.run.parts.algorithm.needs
@@ -195,11 +199,11 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
             watched = first <= number + 1 <= until
             if watched and number + 1 == max(first, start + 1):
                 jax.profiler.start_trace(workdir / "profile")
-            laps = Laps()
-            batch = next(session.run.source)
-            laps("data", None)
-            state, metrics = one_step(session, state, batch, updates, *([laps] if watched else []))
-            metrics |= laps.seconds if watched else {}
+            laps = Laps() if watched else None
+            lap, batch = laps or unwatched, next(session.run.source)
+            lap("data", None)
+            state, metrics = one_step(session, state, batch, updates, lap)
+            metrics |= laps.seconds if laps else {}
             if watched and number + 1 == min(until, steps):
                 jax.profiler.stop_trace()
             last, stopping = number + 1 == steps, stop.agreed()
@@ -289,11 +293,6 @@ def ship(workdir: Path, trained: Tree) -> None:
 def averaged(state: TrainState) -> Tree:
     """What is evaluated, sampled and exported: the averaged parameters, or the last ones where none are kept."""
     return state.trained if state.ema is None else state.ema
-
-
-def plain(config: Any) -> Any:
-    """A config as the JSON tree that config.json holds."""
-    return json.loads(config.to_json_best_effort() if hasattr(config, "to_json_best_effort") else json.dumps(config))
 
 
 def whose(workdir: Path, config: Any) -> None:

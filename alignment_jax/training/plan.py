@@ -23,7 +23,7 @@ import numpy as np
 from ..models import stable_diffusion
 from ..rewards import clip
 from ..weights import files
-from . import abstract, build, hlo, sharding
+from . import abstract, build, distributed, hlo, sharding
 from .checkpoint import save_json
 from .names import nearest
 
@@ -132,10 +132,8 @@ def key(config: Any, topology: str, devices: list[Any]) -> str:
     """By what a plan is kept: config, topology or devices, versions, and the text of this package."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]
     versions += [importlib.metadata.version("libtpu")] if topology else []
-    source = [p.read_bytes() for p in sorted(Path(__file__).parents[1].rglob("*.py"))]
-    text = config.to_json_best_effort(sort_keys=True) if hasattr(config, "to_json_best_effort") else json.dumps(config, sort_keys=True)
-    facts = [text, topology or f"{len(devices)} {devices[0].device_kind}", *versions]
-    return hashlib.sha256(b"\0".join([*map(str.encode, facts), *source])).hexdigest()[:24]
+    facts = [*distributed.fingerprints(config).values(), topology or f"{len(devices)} {devices[0].device_kind}", *versions]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 
 def local(config: Any) -> Any:
