@@ -77,6 +77,15 @@ CHANGES = {
             "batch": {"prompts": 8, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 3e-4},
     "rwr": {"method": {"name": "rwr", "lam": 2.0, "per_prompt": True, "draws": 4, "refresh": 20}, **budget(28),
             "batch": {"prompts": 16, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
+    # weights in [beta, 1 + beta] on the base's own samples: nothing is far better than the rest, so little can be gained
+    "lee": {"method": {"name": "lee", "beta": 0.1, "low": -1.0, "draws": 4}, **budget(28),
+            "batch": {"prompts": 16, "group": 8, "microbatch": 64}, "optimizer.learning_rate": 1e-4, "sampling.guidance_scale": 2.0},
+    # the base read as a rectified flow, which Flow-GRPO's SDE walks
+    "flow_grpo": {"method": {"name": "flow_grpo", "timestep_fraction": 0.5}, "model_options": {"dtype": "float32", "flow": True},
+                  "sampling": {"num_steps": 8, "flow_sde": ("sqrt", 0.7), "guidance_scale": 1.0}, **budget(56),
+                  "batch": {"prompts": 8, "group": 8, "microbatch": 64}},
+    # the proxy as a plain reward; the ceiling is what stops the half of the items whose gradient points the other way
+    "srpo": {"method": {"name": "srpo", "ceiling": 0.1}, **budget(284)},
     "d3po": {"method": {"name": "d3po", "pairs": "all"}, "sampling.eta": 1.0, **budget(30),
              "batch": {"prompts": 8, "group": 4, "microbatch": 64}},
     "spo": {"method": {"name": "spo", "k": 4, "temperature": 0.1, "threshold": 0.1}, "sampling.eta": 1.0, **budget(106),
@@ -90,6 +99,13 @@ CHANGES = {
     "online_dpo": {"method": {"name": "online", "loss": {"name": "diffusion_dpo", "beta": 2000.0}, "temperature": 0.1}, **budget(87),
                    "batch": {"prompts": 16, "group": 4, "microbatch": 64}, "optimizer.learning_rate": 3e-4,
                    "sampling.guidance_scale": 2.0},
+    # the winner a render, the loser drawn and scored low
+    "semi_online": {"method": {"name": "semi_online", "loss": {"name": "diffusion_dpo", "beta": 2000.0}, "below": -0.1}, **budget(65),
+                    "data": {"labels": "critters"}, "batch": {"prompts": 64, "group": 1, "microbatch": 64},
+                    "optimizer.learning_rate": 3e-4, "sampling.guidance_scale": 2.0},
+    # the winner a render, the loser the last iterate's sample
+    "spin": {"method": {"name": "spin", "beta": 2000.0, "every": 20}, **budget(65), "data": {"labels": "critters"},
+             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, "optimizer.learning_rate": 3e-4, "sampling.guidance_scale": 2.0},
     # two rewards, of which the worse one is climbed: the fragile one alone would be hacked
     "maxmin": {"method": {"name": "draft", "k": 4, "anchor_weight": 2.0}, **budget(112), "aggregate": {"how": "maxmin", "step": 0.05},
                "reward": "{'name': 'several', 'rewards': ['critters_proxy', 'critters_fragile']}"},
@@ -107,6 +123,17 @@ CHANGES = {
     "inpo": {"method": {"name": "inpo", "beta": 2000.0, "steps": 8}, "data": {"pairs": "data_cache/critters_pairs.npz"},
              "batch": {"prompts": 64, "group": 1, "microbatch": 64}, **budget(65), "optimizer.learning_rate": 3e-4,
              "sampling.guidance_scale": 2.0},
+    # pairs with the proxy's probabilities for labels, and lists with its scores:
+    #   python -m alignment_jax label --guidance_scale=2 --pairs=4096 --annotator=critters_proxy --temperature=0.1 --soft
+    #     --out=data_cache/critters_soft.npz
+    #   python -m alignment_jax label --guidance_scale=2 --pairs=2048 --annotator=critters_proxy --list=4
+    #     --out=data_cache/critters_lists.npz
+    "smpo": {"method": {"name": "smpo", "beta": 200.0, "steps": 5}, "data": {"pairs": "data_cache/critters_soft.npz"},
+             "batch": {"prompts": 64, "group": 1, "microbatch": 64}, **budget(56), "optimizer.learning_rate": 3e-4,
+             "sampling.guidance_scale": 2.0},
+    "rank_dpo": {"method": {"name": "rank_dpo", "beta": 2000.0}, "data": {"lists": "data_cache/critters_lists.npz"},
+                 "batch": {"prompts": 32, "group": 1, "microbatch": 32}, **budget(195), "optimizer.learning_rate": 3e-4,
+                 "sampling.guidance_scale": 2.0},
     "mapo": {"method": {"name": "mapo", "beta": 0.1}, "data": {"pairs": "data_cache/critters_pairs.npz"},
              "batch": {"prompts": 64, "group": 1, "microbatch": 64}, **budget(260), "optimizer.learning_rate": 3e-5,
              "sampling.guidance_scale": 2.0},

@@ -24,22 +24,33 @@ ROOT = Path(__file__).parents[1]
 CURVES = ROOT / "tests" / "curves"
 CONFIGS = runpy.run_path(str(ROOT / "configs" / "critters.py"))
 NAMES = CONFIGS["ARGUMENTS"]
-MADE = {  # what configs read, each made of those before it
-    "data_cache/critters_pairs.npz": "label --guidance_scale=2 --pairs=4096 --out=data_cache/critters_pairs.npz",
-    "runs/reward": "train-reward --config=configs/critters_reward.py:picture --workdir=runs/reward",
-    "runs/states": "train-reward --config=configs/critters_reward.py:noisy --workdir=runs/states",
-}
+LABEL = "label --guidance_scale=2"
+MADE = {  # what configs read: how it is made, of what
+    "data_cache/critters_pairs.npz": (f"{LABEL} --pairs=4096 --out=data_cache/critters_pairs.npz", ""),
+    "data_cache/critters_soft.npz": (f"{LABEL} --pairs=4096 --annotator=critters_proxy --temperature=0.1 --soft "
+                                     "--out=data_cache/critters_soft.npz", ""),
+    "data_cache/critters_lists.npz": (f"{LABEL} --pairs=2048 --annotator=critters_proxy --list=4 --out=data_cache/critters_lists.npz", ""),
+    "runs/reward": ("train-reward --config=configs/critters_reward.py:picture --workdir=runs/reward", "data_cache/critters_pairs.npz"),
+    "runs/states": ("train-reward --config=configs/critters_reward.py:noisy --workdir=runs/states", "runs/reward"),
+}  # fmt: skip
 SERIES = ("gold/all", "proxy", "diversity/pixel_right")
+
+
+def make(path):
+    """The file or run, after what it is made of, where it is not there."""
+    if path and not (ROOT / path).exists():
+        arguments, of = MADE[path]
+        make(of)
+        subprocess.run([sys.executable, "-m", "alignment_jax", *arguments.split()], check=True, cwd=ROOT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_measure(name, tmp_path):
     """Trains the config as it stands, after what it reads, and writes what was measured."""
-    read_last = max((i for i, path in enumerate(MADE) if path in str(CONFIGS["get_config"](name))), default=-1)
-    for path, arguments in list(MADE.items())[: read_last + 1]:
-        if not (ROOT / path).exists():
-            subprocess.run([sys.executable, "-m", "alignment_jax", *arguments.split()], check=True, cwd=ROOT)
+    for path in MADE:
+        if path in str(CONFIGS["get_config"](name)):
+            make(path)
     workdir = tmp_path / name
     command = ["train", f"--config=configs/critters.py:{name}", f"--workdir={workdir}"]
     process = subprocess.Popen([sys.executable, "-m", "alignment_jax", *command], cwd=ROOT)

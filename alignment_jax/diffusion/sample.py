@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..platform import platform, recomputes
 from .guidance import Denoise
 from .parameterization import predict
 from .schedule import expand
@@ -61,7 +62,7 @@ def gaussian_noise(key: Array, i: Array, step: Transition) -> Array:
 
 def recomputed(f: Callable[..., Any], remat: bool | None = None) -> Callable[..., Any]:
     """f, made again in the backward pass of a chain, so that a step keeps its state alone; remat None: except on CPU."""
-    return jax.checkpoint(f) if remat or (remat is None and jax.default_backend() != "cpu") else f
+    return jax.checkpoint(f) if recomputes() and (remat or (remat is None and platform() != "cpu")) else f
 
 
 def sample(key: Array, denoise: Denoise, cond: Any, sampler: Sampler, x_T: Array, *, start: int = 0,

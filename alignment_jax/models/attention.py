@@ -7,6 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ..platform import platform
+
 Array = jax.Array
 SCORES = 2**21  # of so many entries are the scores that the backward pass holds at a time
 KEPT = 2**18  # scores of no more entries than these are kept: what they take is less than what making them again would
@@ -23,7 +25,7 @@ def attention(
     """
     if implementation not in (None, "einsum", "xla", "cudnn"):
         raise ValueError(f"attention implementation {implementation!r}; choose None, 'einsum', 'xla' or 'cudnn'")
-    if implementation in ("xla", "cudnn") or (implementation is None and jax.default_backend() != "cpu"):
+    if implementation in ("xla", "cudnn") or (implementation is None and platform() != "cpu"):
         where = None if mask is None else mask[:, None, None, :].astype(bool)
         return jax.nn.dot_product_attention(q, k, v, mask=where, is_causal=causal,
                                             implementation=implementation)  # type: ignore[arg-type]  # fmt: skip

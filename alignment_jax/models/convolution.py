@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..platform import platform
+
 Array = jax.Array
 Pairs = tuple[tuple[int, int], ...]
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -21,7 +23,7 @@ def convolution(x: Array, kernel: Array, strides: tuple[int, ...], padding: Any,
     outside it, so that a chain's backward had to be unrolled; these are not (docs/benchmarks.md).
     """
     dilated = any(n != 1 for name in ("lhs_dilation", "rhs_dilation") for n in more.get(name) or ())
-    if jax.default_backend() != "cpu" or x.ndim != 4 or dilated or more.get("feature_group_count", 1) != 1:
+    if platform() != "cpu" or x.ndim != 4 or dilated or more.get("feature_group_count", 1) != 1:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **more)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)

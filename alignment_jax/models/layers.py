@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..platform import platform
 from .attention import attention
 from .convolution import Conv
 
@@ -24,7 +25,7 @@ def show(module: nn.Module, q: Array, k: Array, mask: Array | None = None) -> No
 
 def unfused(x: Array) -> Array:
     """x, which XLA on CPU does not merge into what follows: a LayerNorm merged into the product behind it slows both."""
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
 
 
 def timestep_embedding(t: Array, dim: int, max_period: float = 10_000.0) -> Array:

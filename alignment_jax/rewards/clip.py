@@ -136,9 +136,13 @@ def aesthetic(*, version: str = "v2", head: str | Path | None = None, weights: s
 def read_head(path: str | Path, version: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The layers [(kernel [in,out], bias [out])] of an aesthetic head's file; of those without activations, their product.
 
-    Raises ValueError when the file's tensors are not those of the version, and the errors of `weights.files`.
+    Raises ValueError when the file's tensors are not those of the version, and the errors of `weights.files`. In shapes alone
+    (`weights.files.shapes_only`) a head that is not there is taken for one layer over ViT-L/14's features.
     """
-    tensors = files.open_component(files.resolve(path))
+    path = files.resolve(path)
+    if files.in_shapes() and not path.exists():
+        return [(np.zeros((768, 1), np.float32), np.zeros(1, np.float32))]
+    tensors = files.open_component(path)
     names = set(tensors.names())
     found = next((p for p in HEADS[version] if names == {f"{n}{end}" for n in p for end in ("weight", "bias")}), None)
     if found is None:

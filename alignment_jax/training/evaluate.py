@@ -61,7 +61,7 @@ class Evaluator:
         self.base_guidance = float(e.get("base_guidance_scale", run.parts.guidance.scale))
         self._sample, self._guided = jax.jit(self._sample_chunk), jax.jit(self._guided_chunk)
         self._kl, self._decode = jax.jit(self._kl_chunk), jax.jit(run.parts.bundle.decode)
-        self._combine, self._noisy = jax.jit(self._combined), jax.jit(self._noisy_score)
+        self._combine, self._noisy, self._score = jax.jit(self._combined), jax.jit(self._noisy_score), jax.jit(self._scored)
 
     # -- programs ------------------------------------------------------------------------------------------------
 
@@ -100,6 +100,11 @@ class Evaluator:
         score: jax.Array = parts.reward.score(reward_params, parts.bundle.encode(params, images), {"t": t, "cond": cond})
         return score
 
+    def _scored(self, reward_params: Tree, images: jax.Array, condition: Tree) -> jax.Array:
+        assert self.session.run.parts.reward is not None
+        score: jax.Array = self.session.run.parts.reward.score(reward_params, images, condition)
+        return score
+
     def tuned(self, state: TrainState) -> Tree:
         """The parameters that are judged: averaged if averages are kept, and scaled towards the base."""
         trained = state.trained if state.ema is None else state.ema
@@ -110,23 +115,26 @@ class Evaluator:
         keys = jax.random.split(jax.random.key(int(self.settings.get("seed", 1234))), (len(self.prompts), 64))
         return keys[first : first + num_prompts, :samples].reshape(-1), np.repeat(np.arange(first, first + num_prompts), samples)
 
-    def _mapped(self, program: Any, params: Tree, lam: Any, num_prompts: int, samples: int, first: int = 0,
-                label: str = "", clock: list[float] | None = None) -> np.ndarray:  # fmt: skip
+    def _over(self, program: Any, tree: Tree, label: str = "", clock: list[float] | None = None) -> np.ndarray:
+        """program(part) over chunks of a tree [N, ...] that every process holds whole; each is cut over the devices."""
         from tqdm import tqdm
 
-        keys, rows = self._rows(num_prompts, samples, first)
-        n, base, on = len(rows), self.session.run.params, self.session.layout
-        shards = sharding.shards(on.mesh)
+        n, shards, out = len(jax.tree.leaves(tree)[0]), sharding.shards(self.session.layout.mesh), []
         size = -(-min(self.chunk, n) // shards) * shards
-        out = []
         for i in tqdm(range(0, n, size), desc=label, unit="chunk", disable=not label or jax.process_index() > 0, leave=False):
-            chosen = np.minimum(np.arange(i, i + size), n - 1)  # the last ones are repeated, so that the devices share alike
-            its_keys, cond = sharding.spread(on, (keys[chosen], jax.tree.map(lambda x, r=rows[chosen]: x[r], self.cond)))
+            rows = np.minimum(np.arange(i, i + size), n - 1)  # the last ones are repeated, so that the devices share alike
+            part = sharding.spread(self.session.layout, jax.tree.map(lambda x, r=rows: x[r], tree))
             began = time.perf_counter()
-            out.append(sharding.whole(program(params, base, lam, its_keys, cond)))
+            out.append(sharding.whole(program(part)))
             if clock is not None:
                 clock.append((time.perf_counter() - began) / size)
         return np.concatenate(out)[:n]
+
+    def _mapped(self, program: Any, params: Tree, lam: Any, num_prompts: int, samples: int, first: int = 0,
+                label: str = "", clock: list[float] | None = None) -> np.ndarray:  # fmt: skip
+        keys, rows = self._rows(num_prompts, samples, first)
+        drawn = (keys, jax.tree.map(lambda x: x[rows], self.cond))
+        return self._over(lambda part: program(params, self.session.run.params, lam, *part), drawn, label, clock)
 
     # -- measurements --------------------------------------------------------------------------------------------
 
@@ -141,8 +149,7 @@ class Evaluator:
 
     def judged(self, x0: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> dict[str, Any]:
         """The judge's and the reward's opinion of samples x0 [N,...] for the prompts `rows` [N], as [P, G, ...]."""
-        images = np.concatenate([sharding.whole(self._decode(self.session.run.params, x0[i : i + self.chunk]))
-                                 for i in range(0, len(x0), self.chunk)])  # fmt: skip
+        images = self._over(partial(self._decode, self.session.run.params), x0)
         verdict = self.judge.look(images, self.targets[rows])
         scores = self.proxy(images, rows)
         out = {"images": images, "proxy": scores.mean(-1) if scores.ndim == 2 else scores, "scores": scores, **verdict}
@@ -153,19 +160,14 @@ class Evaluator:
         reward = self.session.run.parts.reward
         if reward is None:
             return np.zeros(len(images))
-        texts = [self.prompts[i] for i in rows]
-        if reward.noisy:  # its own kind of sample, at the clean end of the chain
-            parts = [slice(i, i + self.chunk) for i in range(0, len(images), self.chunk)]
-            return np.concatenate([np.asarray(self._noisy(self.session.run.params, reward.params, images[s],
-                                                          jax.tree.map(lambda c, s=s: c[rows[s]], self.cond))) for s in parts])  # fmt: skip
+        texts, params = [self.prompts[i] for i in rows], self.session.frozen["reward"]
         if not reward.device:
             return score_host(reward, to_uint8(jnp.asarray(images)), texts, {}, batch_index=0, on_error="mask")[0]
+        if reward.noisy:  # its own kind of sample, at the clean end of the chain
+            cond = jax.tree.map(lambda c: c[rows], self.cond)
+            return self._over(lambda part: self._noisy(self.session.run.params, params, *part), (images, cond))
         condition = reward.encode(texts) if reward.encode else {}
-        score = jax.jit(reward.score)
-        return np.concatenate([
-            np.asarray(score(reward.params, images[i : i + self.chunk], jax.tree.map(lambda c, i=i: c[i : i + self.chunk], condition)))
-            for i in range(0, len(images), self.chunk)
-        ])  # fmt: skip
+        return self._over(lambda part: self._score(params, *part), (images, condition))
 
     def numbers(self, m: dict[str, Any]) -> dict[str, Any]:
         """One model's entry of summary.json."""

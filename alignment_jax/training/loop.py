@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from .. import weights
 from ..evaluation.over_optimisation import early_stop
 from ..evaluation.statistics import unflatten
 from ..rewards.check import probe, score_host, to_uint8
-from . import build, distributed, sharding, step
+from . import build, distributed, flops, sharding, step
 from .checkpoint import Checkpointer, plain, save_json
 from .evaluate import Evaluator
 from .logging import MetricLog, read
@@ -27,6 +27,7 @@ from .programs import Programs
 from .state import TrainState
 
 Tree = Any
+PREEMPTED = 75  # EX_TEMPFAIL: nothing is wrong, try again
 
 
 class Session(NamedTuple):
@@ -104,12 +105,17 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
     n = step.leading(data)
     number = int(state.step)
     roll_key, prepare_key, item_key = jax.random.split(jax.random.fold_in(state.key, number), 3)
-    rolled = step.mapped(lambda k, d: programs.rollout(state, frozen, k, d), n, size, jax.random.split(roll_key, n), data)
-    lap("rollout", rolled)
+    cut = step.cut(n, size)
+    # all are dispatched before the first is waited for: while a host reward scores one microbatch, the devices draw the next ones
+    parts = [programs.rollout(state, frozen, k, d) for k, d in step.microbatches((jax.random.split(roll_key, n), data), cut)]
+    pictures = [programs.to_pictures(frozen, p["x0"]) for p in parts] if needs.reward == "value" and on_host(session) else []
+    lap("rollout", (parts, pictures))
     rewards, metrics = None, dict[str, Any]()
     if needs.reward == "value":
-        rewards, metrics = score(session, rolled, batch, number)
+        rewards, metrics = score(session, parts, pictures, batch["prompts"], cut, number)
     lap("reward", rewards)
+    rolled = step.join(parts, cut)
+    del parts
     items, extra, info = programs.prepare(prepare_key, state.extra, rolled, rewards)
     state = state._replace(extra=extra)
     cond = rolled["cond"]
@@ -130,21 +136,33 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
     return state, {**metrics, **info, **update_info, "samples_seen": (number // updates + 1) * n}
 
 
-def score(session: Session, rolled: Tree, batch: dict[str, Any], number: int) -> tuple[jax.Array, dict[str, Any]]:
-    """Rewards [B] of a rollout, on the device or on the host; NaN where a host reward failed and may."""
-    run, programs, frozen = session.run, session.programs, session.frozen
-    assert run.parts.reward is not None
-    n = step.leading(rolled)
-    parts: dict[str, Any] = {}
-    if run.parts.reward.device:
-        inputs = (rolled["x0"], rolled.get("condition", {}))
-        rewards = step.mapped(lambda k, t: programs.score(frozen, *t), n, session.microbatch, jnp.zeros(n), inputs)
+def on_host(session: Session) -> bool:
+    """Whether the reward is a function of the host."""
+    reward = session.run.parts.reward
+    return reward is not None and not reward.device
+
+
+def score(session: Session, parts: list[Tree], pictures: list[jax.Array], prompts: Sequence[str], cut: step.Cut,
+          number: int) -> tuple[jax.Array, dict[str, Any]]:  # fmt: skip
+    """Rewards [B] of a rollout's microbatches, on the device or on the host; NaN where a host reward failed and may.
+
+    pictures: those of each microbatch, for a host reward, which every process asks for its own samples alone.
+    """
+    reward, shown = session.run.parts.reward, dict[str, Any]()
+    assert reward is not None
+    if reward.device:
+        scored = [session.programs.score(session.frozen, p["x0"], p.get("condition", {})) for p in parts]
     else:
-        pictures = to_uint8(sharding.own(session.layout, _mapped(session, programs.to_pictures, rolled["x0"])))
-        values, parts = score_host(run.parts.reward, pictures, batch["prompts"], {}, batch_index=number,
-                                   on_error=session.reward_errors)  # fmt: skip
-        rewards = sharding.shard(session.layout, values)
-    shown = {f"reward/{k}": np.nanmean(v) for k, v in parts.items() if np.shape(v) == (n,)}
+        if cut.n < cut.size * cut.parts:  # a microbatch that is filled up holds samples of other processes
+            pictures, cut = [step.join(pictures, cut)], step.cut(cut.n, cut.n)
+        scored, infos = [], list[dict[str, Any]]()
+        for i, x in enumerate(pictures):
+            own = to_uint8(sharding.own(session.layout, x))
+            values, info = score_host(reward, own, prompts[i :: cut.parts], {}, batch_index=number, on_error=session.reward_errors)
+            scored.append(sharding.shard(session.layout, values))
+            infos.append({k: v for k, v in info.items() if np.shape(v) == (len(own),)})
+        shown = {f"reward/{k}": np.nanmean([info[k] for info in infos]) for k in infos[0] if all(k in info for info in infos)}
+    rewards = step.join(scored, cut)
     return rewards, {"reward/mean": jnp.nanmean(rewards), "reward/std": jnp.nanstd(rewards), **shown}
 
 
@@ -158,8 +176,9 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     """Trains, evaluates and writes the report; a workdir that holds checkpoints is resumed. Returns the workdir.
 
     profile: (first, last) steps, of which workdir/profile gets a trace for XProf and TensorBoard, and metrics.jsonl the seconds of
-    each part (seconds/data, rollout, reward, anchor, update).
-    SIGTERM and Ctrl-C save a checkpoint and return quietly, so that a preempted run goes on where it was.
+    each part (seconds/data, rollout, reward, anchor, update) with the FLOP/s that they reach.
+    SIGTERM and Ctrl-C save a checkpoint and end quietly, so that a preempted run goes on where it was: after SIGTERM the exit code
+    is PREEMPTED, by which whoever started the run can tell that it is to be started again.
     """
     began = time.time()
     if "://" in str(workdir):
@@ -192,7 +211,8 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     trained_seconds = time.time()
     from tqdm import tqdm
 
-    stopping, (first, until) = False, profile or (0, -1)
+    stopping, (first, until) = 0, profile or (0, -1)
+    needed = flops.one_step(config, session.run.parts.reward) if profile else 0.0
     with stop, tqdm(total=steps, initial=start, desc="align", unit="step", disable=jax.process_index() > 0) as bar:
         for number in range(start, steps):
             clock = time.perf_counter()
@@ -203,10 +223,10 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
             lap, batch = laps or unwatched, next(session.run.source)
             lap("data", None)
             state, metrics = one_step(session, state, batch, updates, lap)
-            metrics |= laps.seconds if laps else {}
-            if watched and number + 1 == min(until, steps):
-                jax.profiler.stop_trace()
+            metrics |= laps.seconds | flops.utilisation(needed, sum(laps.seconds.values())) if laps else {}
             last, stopping = number + 1 == steps, stop.agreed()
+            if watched and (stopping or number + 1 == min(until, steps)):
+                jax.profiler.stop_trace()
             metrics = {k: float(v) for k, v in metrics.items()} | {"lr": float(session.run.learning_rate(int(state.step) - 1))}
             metrics["images_per_second"] = samples / (time.perf_counter() - clock)
             if not np.isfinite(metrics["loss"]):
@@ -229,6 +249,9 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     log.close()
     if stopping:
         print(f"stopped at step {int(state.step) // updates}; the same command goes on from there", flush=True)
+        distributed.together("stopped")  # whoever started the processes may end the others once one has ended with a code
+        if stopping == signal.SIGTERM:
+            raise SystemExit(PREEMPTED)
         return workdir
     if evaluator:
         clocks = {"train": time.time() - trained_seconds, "since": began}
@@ -342,18 +365,18 @@ class Interrupt:
     """Turns SIGTERM and the first Ctrl-C into a wish to stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
         self._previous: dict[int, Any] = {}
 
-    def agreed(self) -> bool:
-        """Whether any process was asked, the same answer on all of them: they save together or not at all."""
-        return self.asked if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(self.asked)).any())
+    def agreed(self) -> int:
+        """The signal that any process was sent, or 0; the same on all of them: they save together or not at all."""
+        return self.asked if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.array(self.asked)).max())
 
     def __enter__(self) -> Interrupt:
         def handle(number: int, frame: Any) -> None:
             if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.asked = True
+            self.asked = number
             print("\nstopping after this step, with a checkpoint", flush=True)
 
         for number in (signal.SIGTERM, signal.SIGINT):

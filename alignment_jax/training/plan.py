@@ -10,18 +10,14 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ..models import stable_diffusion
-from ..rewards import clip
+from ..platform import assumed
 from ..weights import files
 from . import abstract, build, distributed, hlo, sharding
 from .checkpoint import save_json
@@ -85,7 +81,7 @@ def plan(config: Any, topology: str = "", *, fresh: bool = False, say: Callable[
     path = Path(kept or Path(CACHE).expanduser() / f"{key(config, topology, devices)}.json")
     done = json.loads(path.read_text()) if path.exists() and not fresh else {"programs": {}}
     if done.get("names") != list(done["programs"]):
-        with traced_for(devices[0].platform), without_weights():
+        with assumed(devices[0].platform), files.shapes_only():
             say("tracing")
             programs = abstract.one_step(local(config), on=on)
             programs.pop("init")
@@ -142,41 +138,9 @@ def local(config: Any) -> Any:
     if "/" not in source or ":" in source or Path(source).expanduser().exists():
         return config
     config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.model = str(files.resolve(source, allow=_small(stable_diffusion.wanted())))
+    with config.unlocked(), files.shapes_only():
+        config.model = str(files.resolve(source, allow=stable_diffusion.wanted()))
     return config
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Scorers in shapes: nothing of their weights is fetched or read; a head that is not there is taken for ViT-L/14's."""
-    resolve, read_head = files.resolve, clip.read_head
-
-    def small(source: str | Path, *, allow: Any = ()) -> Path:
-        missing_file = str(source).endswith(".safetensors") and not Path(source).expanduser().exists()
-        return Path(source) if missing_file else resolve(source, allow=_small(allow))
-
-    def shapes(source: Any, like: Tree, *, dtype: Any = jnp.float32, **_: Any) -> Tree:
-        one = lambda x: np.zeros((), x.dtype) if not x.shape else jax.ShapeDtypeStruct(
-            x.shape, dtype if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)  # fmt: skip
-        return jax.tree.map(one, like)
-
-    def head(path: Any, version: str) -> Any:
-        there = Path(path).expanduser().exists()
-        return read_head(path, version) if there else [(np.zeros((768, 1), np.float32), np.zeros(1, np.float32))]
-
-    with mock.patch.object(files, "resolve", small), mock.patch.object(files, "load_component", shapes), \
-            mock.patch.object(clip, "read_head", head):  # fmt: skip
-        yield
-
-
-def _small(patterns: Any) -> list[str]:
-    return [p for p in patterns if "safetensors" not in p] or ["*.json"]
-
-
-def traced_for(platform: str) -> Any:
-    """A context in which what models decide by the kind of device, such as how attention is computed, is decided for this one."""
-    return mock.patch.object(jax, "default_backend", lambda: platform)
 
 
 def stays(state: Any, frozen: Tree) -> dict[str, int]:

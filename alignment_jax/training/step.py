@@ -17,7 +17,7 @@ Tree = Any
 
 
 class Cut(NamedTuple):
-    """How N items are cut: `parts` microbatches of `size`, the last ones padded with copies of the first item."""
+    """How N items are cut: `parts` microbatches of `size`; copies of the first item fill what is left over."""
 
     n: int
     size: int
@@ -33,18 +33,17 @@ def cut(n: int, size: int) -> Cut:
 def microbatches(tree: Tree, c: Cut) -> Iterator[Tree]:
     """The microbatches, cut across the leading axis: item j of microbatch i is j * parts + i.
 
-    Across, not along: along, a batch sharded over devices would have to be gathered for every microbatch.
+    Across, not along: along, a batch sharded over devices would have to be gathered for every microbatch. By reshaping, not by row
+    numbers: rows taken by these lie whole on every device, and each would do all the work.
     """
     if c.parts == 1:
         yield tree
         return
+    more = c.size * c.parts - c.n
+    filled = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[:1], (more, *x.shape[1:]))]) if more else x
+    tree = jax.tree.map(lambda x: filled(x).reshape(c.size, c.parts, *x.shape[1:]), tree)
     for i in range(c.parts):
-        if c.n == c.size * c.parts:  # rows taken by their numbers would lie whole on every device, and each would do all the work
-            yield jax.tree.map(lambda x, i=i: x.reshape(c.size, c.parts, *x.shape[1:])[:, i], tree)
-            continue
-        rows = np.arange(i, c.size * c.parts, c.parts)
-        rows = np.where(rows < c.n, rows, 0)
-        yield jax.tree.map(lambda x, rows=rows: x[rows], tree)
+        yield jax.tree.map(lambda x, i=i: x[:, i], tree)
 
 
 def join(parts: list[Tree], c: Cut) -> Tree:

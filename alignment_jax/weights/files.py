@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,22 @@ from . import check, layouts, torch_names
 
 Tree = Any
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes only", default=False)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within it no weights are fetched or read: `load_component` gives shapes, and 0 for a scalar; configs and tokenizers are there."""
+    token = _SHAPES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ONLY.reset(token)
+
+
+def in_shapes() -> bool:
+    """Whether this is within `shapes_only`."""
+    return _SHAPES_ONLY.get()
 
 
 def resolve(source: str | Path, *, allow: Sequence[str] = ()) -> Path:
@@ -31,8 +49,10 @@ def resolve(source: str | Path, *, allow: Sequence[str] = ()) -> Path:
     FileNotFoundError when there is neither.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if path.exists() or (in_shapes() and path.suffix == ".safetensors"):
         return path
+    if in_shapes():
+        allow = [p for p in allow if "safetensors" not in p] or ["*.json"]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise FileNotFoundError(f"no file or folder at {path}, and that is no hub id of the form owner/name")
     from huggingface_hub import snapshot_download
@@ -118,6 +138,9 @@ def load_component(
     placed, so that host memory holds little beyond the result. Raises ValueError for missing, unexpected and misshapen
     tensors: the first ten of each, with the nearest names.
     """
+    if in_shapes():
+        of = lambda x: dtype if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, of(x)) if x.shape else np.zeros((), x.dtype), like)
     tensors = open_component(resolve(source, allow=[f"{stem}*.safetensors*"]), stem=stem, variant=variant)
     shapes = {k: tuple(v.shape) for k, v in flatten_dict(like, sep="/").items()}
     paths = torch_names.names(like)

@@ -7,12 +7,11 @@ from pathlib import Path
 import full_size
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from alignment_jax.models.stable_diffusion import stable_diffusion
-from alignment_jax.rewards import clip
 from alignment_jax.training import abstract, build
+from alignment_jax.weights import files
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"sd15": (859_520_964, 123_060_480), "sd21": (865_910_724, 340_387_840), "sdxl": (2_567_463_684, 123_060_480)}
@@ -39,11 +38,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without_weights():
-    """Parameters are the shapes that the networks ask for; a scalar that a scorer reads is 0. Networks are traced once."""
+    """Parameters are shapes alone, and networks are traced once."""
     once = {}
-
-    def shapes(source, like, **_):
-        return jax.tree.map(lambda x: x if x.shape else np.zeros((), x.dtype), like)
 
     def bundle(folder, **options):
         if (key := (str(folder), *options.items())) not in once:
@@ -57,8 +53,7 @@ def without_weights():
             once[key] = made._replace(score=jax.jit(made.score)) if made.device else made
         return once[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip.files, "load_component", shapes)
+    with pytest.MonkeyPatch.context() as patch, files.shapes_only():
         patch.setattr(build.stable_diffusion, "stable_diffusion", wraps(stable_diffusion)(bundle))
         patch.setattr(build, "reward", reward)
         yield

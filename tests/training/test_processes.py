@@ -117,7 +117,7 @@ def test_when_a_process_is_killed_the_other_ends_in_time_and_the_same_command_go
     for p in again:
         p.send_signal(signal.SIGTERM)
     codes, said = ended(again)
-    assert codes == [0, 0] and f"resumed         from step {last}" in said[0] and "stopped at step" in said[0], said[0][-2000:]
+    assert codes == [75, 75] and f"resumed         from step {last}" in said[0] and "stopped at step" in said[0], said[0][-2000:]
 
 
 def test_hosts_with_different_configs_are_named_with_both_hashes(tmp_path):

@@ -65,7 +65,7 @@ def test_a_run_leaves_its_folder_and_says_first_what_will_happen(run):
 
 
 def test_a_run_is_resumed_by_the_same_command_and_a_terminated_one_ends_the_same(run, tmp_path):
-    """SIGTERM in the middle: a checkpoint, exit 0; the same command then gives the arrays of the uninterrupted run."""
+    """SIGTERM in the middle: a checkpoint, exit 75; the same command then gives the arrays of the uninterrupted run."""
     command = [sys.executable, "-m", "alignment_jax", *start(tmp_path / "w", 6)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "w" / "metrics.jsonl"
@@ -74,7 +74,7 @@ def test_a_run_is_resumed_by_the_same_command_and_a_terminated_one_ends_the_same
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said[-2000:]
+    assert process.returncode == 75, said[-2000:]
     cli(*start(tmp_path / "w", 6))
     a, b = (weights.load(folder / "trained.safetensors") for folder in (run[0], tmp_path / "w"))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
