@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,23 +34,32 @@ def cut(n: int, size: int) -> Cut:
 def microbatches(tree: Tree, c: Cut) -> Iterator[Tree]:
     """The microbatches, cut across the leading axis: item j of microbatch i is j * parts + i.
 
-    Across, not along: along, a batch sharded over devices would have to be gathered for every microbatch. By reshaping, not by row
-    numbers: rows taken by these lie whole on every device, and each would do all the work.
+    Across, not along: along, a batch sharded over devices would have to be gathered for every microbatch.
     """
-    if c.parts == 1:
-        yield tree
-        return
-    more = c.size * c.parts - c.n
-    filled = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[:1], (more, *x.shape[1:]))]) if more else x
-    tree = jax.tree.map(lambda x: filled(x).reshape(c.size, c.parts, *x.shape[1:]), tree)
     for i in range(c.parts):
-        yield jax.tree.map(lambda x, i=i: x[:, i], tree)
+        yield tree if c.parts == 1 else _taken(tree, i, c)
+
+
+@partial(jax.jit, static_argnames="c")
+def _taken(tree: Tree, i: int, c: Cut) -> Tree:
+    more = c.size * c.parts - c.n
+
+    def one(x: Array) -> Array:
+        if more:
+            x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (more, *x.shape[1:]))])
+        # not by row numbers: rows taken by these lie whole on every device, and each would do all the work
+        return x.reshape(c.size, c.parts, *x.shape[1:])[:, i]
+
+    return jax.tree.map(one, tree)
 
 
 def join(parts: list[Tree], c: Cut) -> Tree:
     """The inverse of `microbatches`: puts results back in order and drops the padding."""
-    if c.parts == 1:
-        return parts[0]
+    return parts[0] if c.parts == 1 else _joined(parts, c)
+
+
+@partial(jax.jit, static_argnames="c")
+def _joined(parts: list[Tree], c: Cut) -> Tree:
     return jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:])[: c.n], *parts)
 
 
@@ -61,7 +71,12 @@ def mapped(program: Any, n: int, size: int, keys: Array, tree: Tree) -> Tree:
 
 def with_cond(items: Tree, cond: Tree) -> Tree:
     """Items with the "cond" of the samples that they belong to by "row", where they have one."""
-    return {**items, "cond": jax.tree.map(lambda x: x[items["row"]], cond)} if "row" in items else items
+    return {**items, "cond": _gathered(cond, items["row"])} if "row" in items else items
+
+
+@jax.jit
+def _gathered(tree: Tree, rows: Array) -> Tree:
+    return jax.tree.map(lambda x: x[rows], tree)
 
 
 def anchored(programs: Programs, state: TrainState, frozen: Tree, keys: Array, items: Tree, cond: Tree, size: int) -> Tree:
@@ -89,11 +104,10 @@ def update(programs: Programs, state: TrainState, frozen: Tree, keys: Array, ite
     n = leading(items)
     c = cut(n, size)
     items = {**items, "first": jnp.full((n,), first)}
-    share = jnp.full((n,), 1.0 / n)
+    share = np.where(np.arange(c.size * c.parts) < n, np.float32(1 / n), np.float32(0))  # what fills up weighs nothing
     total = None
-    for i, (k, t, s) in enumerate(microbatches((keys, items, share), c)):
-        if c.parts > 1:  # padding repeats the first item and must weigh nothing
-            s = jnp.where(np.arange(i, c.size * c.parts, c.parts) < n, s, 0.0)
+    for i, (k, t) in enumerate(microbatches((keys, items), c)):
+        s = share[i :: c.parts]
         part = programs.gradient(learned(state), state.copies, frozen, k, with_cond(t, cond), s)
         total = part if total is None else programs.accumulate(total, part)
     return programs.apply(state, total)

@@ -31,20 +31,20 @@ def maps(params, x, t, cond):
 
 
 def world(name: str, reward=worlds.near, **settings):
-    """(draw(keys) -> (x0, info), the plain chain's draw(keys), sampler) of a method with these settings."""
+    """(draw(keys, p) -> (x0, info), the plain chain's draw(keys), sampler) of a method with these settings; p: the reward's params."""
     bundle = worlds.mixture_bundle()._replace(attention=maps)
     params = bundle.init(jax.random.key(0))
     sampler = Sampler(bundle.schedule, sampling_grid(bundle.schedule, 6), "x0", eta=ETA.get(name, 0.0))
     guidance, null, judge = Guidance(SCALE.get(name, 1.0)), {"label": jnp.zeros((1, 2))}, Reward("near", reward)
     method = steering.method(name, settings, bundle, sampler, guidance, judge)
     policy = guided(partial(bundle.denoise, params), null, guidance.scale)
-    networks = steering.networks(bundle, params, policy, null, guidance, judge, None)
+    networks = partial(steering.networks, bundle, params, policy, null, guidance, judge)
 
     def data(keys):
         return {"cond": {"label": jnp.ones((len(keys), 2))}, "condition": {}, "null": null,
                 "subjects": jnp.broadcast_to(jnp.array([True, False]), (len(keys), 2))}  # fmt: skip
 
-    steered = jax.jit(lambda keys: method.draw(keys, networks, data(keys)))
+    steered = jax.jit(lambda keys, p=None: method.draw(keys, networks(p), data(keys)))
     plain = jax.jit(lambda keys: draw(keys, policy, data(keys)["cond"], sampler, (2,))[0])
     return steered, plain, sampler
 
@@ -77,20 +77,22 @@ def test_off_is_the_plain_chain_bit_for_bit(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_does_not_depend_on_its_batch_and_is_compiled_once(name):
     steered, *_ = world(name, **SETTINGS[name])
-    x0, _ = steered(keys(8))
-    np.testing.assert_array_equal(x0, steered(keys(8))[0])
+    x0, _ = steered(keys())
+    np.testing.assert_array_equal(x0, steered(keys())[0])
+    np.testing.assert_allclose(steered(jnp.roll(keys()[::-1], 3))[0], jnp.roll(x0[::-1], 3, 0), atol=1e-5)  # others beside it
     assert steered._cache_size() == 1
-    np.testing.assert_allclose(steered(keys(8)[2:5])[0], x0[2:5], atol=1e-5)
+    if name in FAMILIES:
+        np.testing.assert_allclose(steered(keys()[2:5])[0], x0[2:5], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["equal", "some failed", "all failed", "all impossible"])
-def test_odd_rewards_give_finite_samples(name, kind):
-    odd = {"equal": lambda p, x, c: jnp.zeros(len(x)), "all failed": lambda p, x, c: jnp.full(len(x), jnp.nan),
-           "some failed": lambda p, x, c: jnp.where(x[:, 0] > 0.9, jnp.nan, x[:, 0]),
-           "all impossible": lambda p, x, c: jnp.full(len(x), -jnp.inf)}[kind]  # fmt: skip
+def test_odd_rewards_give_finite_samples(name):
+    """All equal, some failed, all failed, all impossible."""
+    odd = lambda kind, x, c: jnp.stack([jnp.zeros(len(x)), jnp.where(x[:, 0] > 0.9, jnp.nan, x[:, 0]), jnp.full(len(x), jnp.nan),
+                                        jnp.full(len(x), -jnp.inf)])[kind]  # fmt: skip
     steered, *_ = world(name, odd, **SETTINGS[name])
-    assert np.isfinite(steered(keys(8))[0]).all()
+    for kind in range(4):
+        assert np.isfinite(steered(keys(8), jnp.int32(kind))[0]).all(), kind
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if TEST_TIME[n].budget])
