@@ -172,8 +172,9 @@ def get_config(method: str = "default") -> ConfigDict:
     c.batch = ConfigDict({"prompts": 32, "group": 1, "microbatch": 32})
     c.sampling = ConfigDict({"num_steps": 8, "eta": 0.0, "guidance_scale": 1.0})
     c.lora = ConfigDict({"rank": 16, "targets": "unet"})
-    # sizes of the mesh's axes (-1: what is left), "jit" or "pmap", rules of one's own for parameters: see training/sharding.py
-    c.sharding = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1, "backend": "jit", "rules": ()})
+    # sizes of the mesh's axes (-1: what is left), "jit" or "pmap", rules of one's own for parameters, devices that score and do nothing
+    # else: see training/sharding.py
+    c.sharding = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1, "backend": "jit", "rules": (), "scorers": 0})
     c.data = ConfigDict({"prompts": "critters:train"})
     c.evaluation = ConfigDict({
         "judge": "critters_gold", "prompts": "critters:held_out", "num_prompts": 128, "samples": 8, "quick_prompts": 32,

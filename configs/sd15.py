@@ -200,8 +200,9 @@ def get_config(method: str = "ddpo_aesthetic") -> ConfigDict:
     # file: a LoRA to start from; {}: what `trainable` matches is trained itself
     c.lora = ConfigDict({"rank": 4, "targets": "ddpo-pytorch", "file": ""})
     c.trainable = "^unet/"
-    # sizes of the mesh's axes (-1: what is left), "jit" or "pmap", rules of one's own for parameters: see training/sharding.py
-    c.sharding = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1, "backend": "jit", "rules": ()})
+    # sizes of the mesh's axes (-1: what is left), "jit" or "pmap", rules of one's own for parameters, devices that score and do nothing
+    # else: see training/sharding.py
+    c.sharding = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1, "backend": "jit", "rules": (), "scorers": 0})
     c.data = ConfigDict({"prompts": "configs/prompts/animals.txt"})
     judge = either(changes.pop("judge", PICK))
     for field, value in changes.items():

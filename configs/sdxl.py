@@ -110,8 +110,9 @@ def get_config(method: str = "draft_pickscore") -> ConfigDict:
     c.sampling = ConfigDict({"scheduler": "ddim", "num_steps": 50, "eta": 0.0, "guidance_scale": 5.0})
     c.lora = ConfigDict()  # {}: what `trainable` matches is trained itself
     c.trainable = "^unet/"
-    # sizes of the mesh's axes (-1: what is left), "jit" or "pmap", rules of one's own for parameters: see training/sharding.py
-    c.sharding = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1, "backend": "jit", "rules": ()})
+    # sizes of the mesh's axes (-1: what is left), "jit" or "pmap", rules of one's own for parameters, devices that score and do nothing
+    # else: see training/sharding.py
+    c.sharding = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1, "backend": "jit", "rules": (), "scorers": 0})
     c.data = ConfigDict({"prompts": "configs/prompts/animals.txt"})
     judge = either(changes.pop("judge", CLIP))
     for field, value in changes.items():

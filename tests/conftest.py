@@ -37,8 +37,8 @@ def few_compiled_programs():
 
 TOYS = {f"test_{name}.py" for name in """
     attention_maps closed_forms count drivers embedding every_algorithm every_method export full_evaluation guidance host_rewards
-    noise_optimisation online_preference particles policy_gradient preference processes sharding stable_diffusion
-    steered_stable_diffusion""".split()}
+    noise_optimisation online_preference particles policy_gradient preference processes scorers sharding
+    stable_diffusion steered_stable_diffusion""".split()}
 
 
 @pytest.fixture(scope="module", autouse=True)

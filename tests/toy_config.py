@@ -12,7 +12,7 @@ def get_config(argument: str = "5") -> ConfigDict:
         "reward_errors": "raise", "trainable": "unet", "lora": {}, "sampling": {"num_steps": 3, "eta": 1.0, "guidance_scale": 1.0},
         "method": {"name": "ddpo", "advantage": "group"}, "optimizer": {"learning_rate": 1e-2, "ema": 0.9},
         "batch": {"prompts": 4, "group": 4, "microbatch": 8}, "data": {"prompts": ("a", "bb", "ccc", "dd", "e", "fff")},
-        "sharding": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1, "backend": "jit", "rules": ()},
+        "sharding": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1, "backend": "jit", "rules": (), "scorers": 0},
         "evaluation": {"judge": "jpeg_incompressibility", "prompts": ("a", "bb", "cccc", "d"), "num_prompts": 2, "samples": 2,
                        "quick_prompts": 2, "blend": (0.5,), "blend_prompts": 2, "chunk": 2, "scale": 1.0, "seed": 1},
     })  # fmt: skip

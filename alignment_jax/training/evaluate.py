@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -119,11 +120,12 @@ class Evaluator:
         """program(part) over chunks of a tree [N, ...] that every process holds whole; each is cut over the devices."""
         from tqdm import tqdm
 
-        n, shards, out = len(jax.tree.leaves(tree)[0]), sharding.shards(self.session.layout.mesh), []
+        on, n, out = self.session.layout, len(jax.tree.leaves(tree)[0]), []
+        shards = math.lcm(sharding.shards(on.mesh), on.scorers.size if on.scorers else 1)
         size = -(-min(self.chunk, n) // shards) * shards
         for i in tqdm(range(0, n, size), desc=label, unit="chunk", disable=not label or jax.process_index() > 0, leave=False):
             rows = np.minimum(np.arange(i, i + size), n - 1)  # the last ones are repeated, so that the devices share alike
-            part = sharding.spread(self.session.layout, jax.tree.map(lambda x, r=rows: x[r], tree))
+            part = sharding.spread(on, jax.tree.map(lambda x, r=rows: x[r], tree))
             began = time.perf_counter()
             out.append(sharding.whole(program(part)))
             if clock is not None:
@@ -167,7 +169,7 @@ class Evaluator:
             cond = jax.tree.map(lambda c: c[rows], self.cond)
             return self._over(lambda part: self._noisy(self.session.run.params, params, *part), (images, cond))
         condition = reward.encode(texts) if reward.encode else {}
-        return self._over(lambda part: self._score(params, *part), (images, condition))
+        return self._over(lambda part: (self.session.apart or partial(self._score, params))(*part), (images, condition))
 
     def numbers(self, m: dict[str, Any]) -> dict[str, Any]:
         """One model's entry of summary.json."""

@@ -31,7 +31,8 @@ PREEMPTED = 75  # EX_TEMPFAIL: nothing is wrong, try again
 
 
 class Session(NamedTuple):
-    """A run that is set up: its parts, programs, layout, the arrays no step changes, and the microbatch size."""
+    """A run that is set up: its parts, programs, layout, the arrays no step changes, the microbatch size; what a failing host reward
+    does; and score(pictures, condition) where devices are set apart for it."""  # fmt: skip
 
     run: build.Run
     programs: Programs
@@ -39,6 +40,7 @@ class Session(NamedTuple):
     frozen: Tree
     microbatch: int
     reward_errors: str = "raise"
+    apart: Callable[[jax.Array, Tree], jax.Array] | None = None
 
 
 def set_up(config: Any) -> tuple[Session, TrainState]:
@@ -50,13 +52,28 @@ def set_up(config: Any) -> tuple[Session, TrainState]:
         warning = probe(run.parts.reward, shape[1:], run.source.prompts[:4])
         if warning:
             logging.warning(warning)
-    programs = sharding.programs(layout, run.parts)
+    programs, size = sharding.programs(layout, run.parts), build.batch_sizes(config)[2]
+    scorer = _scorer(config, run, layout, size)
     key = jax.random.key(config.seed)
     trained, frozen_params = run.parts.partition.init(jax.random.fold_in(key, 0), run.params)
-    frozen = sharding.place(layout, build.frozen_tree(run, programs, frozen_params))
+    frozen = build.frozen_tree(run, programs, frozen_params) | ({"reward": None} if scorer else {})
+    frozen = sharding.place(layout, frozen)
     state = programs.init(jax.random.fold_in(key, 1), sharding.place(layout, trained), frozen["null"])
-    errors = config.get("reward_errors", "raise")
-    return Session(run, programs, layout, frozen, build.batch_sizes(config)[2], errors), state
+    return Session(run, programs, layout, frozen, size, config.get("reward_errors", "raise"), scorer), state
+
+
+def _scorer(config: Any, run: build.Run, on: sharding.Layout, size: int) -> Callable[[jax.Array, Tree], jax.Array] | None:
+    """What scores on devices of its own; raises ValueError where the method, the reward or the microbatch does not allow for it."""
+    reward, needs = run.parts.reward, run.parts.algorithm.needs.reward
+    if on.scorers is None:
+        return None
+    if reward is None or not reward.device or needs != "value" or run.parts.redraw is not None:
+        asked = f"{reward.name if reward else 'no reward'}{' and config.rollout' if run.parts.redraw else ''}"
+        raise ValueError(f"sharding.scorers are devices that score finished pictures, for methods that ask for no more; "
+                         f"{config.method.name} with {asked} has none to score there. Leave it at 0")  # fmt: skip
+    if size % on.scorers.size:
+        raise ValueError(f"microbatches of {size} do not divide over {on.scorers.size} scorers")
+    return sharding.apart(on, reward)
 
 
 def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
@@ -106,9 +123,10 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
     number = int(state.step)
     roll_key, prepare_key, item_key = jax.random.split(jax.random.fold_in(state.key, number), 3)
     cut = step.cut(n, size)
-    # all are dispatched before the first is waited for: while a host reward scores one microbatch, the devices draw the next ones
+    # all are dispatched before the first is waited for: while one microbatch is scored elsewhere, the devices draw the next ones
     parts = [programs.rollout(state, frozen, k, d) for k, d in step.microbatches((jax.random.split(roll_key, n), data), cut)]
-    pictures = [programs.to_pictures(frozen, p["x0"]) for p in parts] if needs.reward == "value" and on_host(session) else []
+    elsewhere = needs.reward == "value" and (on_host(session) or session.apart)
+    pictures = [programs.to_pictures(frozen, p["x0"]) for p in parts] if elsewhere else []
     lap("rollout", (parts, pictures))
     rewards, metrics = None, dict[str, Any]()
     if needs.reward == "value":
@@ -144,13 +162,16 @@ def on_host(session: Session) -> bool:
 
 def score(session: Session, parts: list[Tree], pictures: list[jax.Array], prompts: Sequence[str], cut: step.Cut,
           number: int) -> tuple[jax.Array, dict[str, Any]]:  # fmt: skip
-    """Rewards [B] of a rollout's microbatches, on the device or on the host; NaN where a host reward failed and may.
+    """Rewards [B] of a rollout's microbatches, where they were drawn, on devices of their own, or on the host; NaN where a host reward
+    failed and may.
 
-    pictures: those of each microbatch, for a host reward, which every process asks for its own samples alone.
+    pictures: those of each microbatch, for the last two; a host reward is asked by every process for its own samples alone.
     """
     reward, shown = session.run.parts.reward, dict[str, Any]()
     assert reward is not None
-    if reward.device:
+    if session.apart:
+        scored = [session.apart(x, p.get("condition", {})) for x, p in zip(pictures, parts, strict=True)]
+    elif reward.device:
         scored = [session.programs.score(session.frozen, p["x0"], p.get("condition", {})) for p in parts]
     else:
         if cut.n < cut.size * cut.parts:  # a microbatch that is filled up holds samples of other processes

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ..rewards.base import Reward
 from .programs import Parts, Programs, build
 
 Tree = Any
@@ -28,11 +29,13 @@ TENSOR: tuple[Rule, ...] = (
 
 
 class Layout(NamedTuple):
-    """The mesh, the rules by which parameters lie on it (the first that a path matches holds), and the backend: jit or pmap."""
+    """The mesh, the rules by which parameters lie on it (the first that a path matches holds), the backend, jit or pmap, and a second
+    mesh, of devices that are set apart for scoring."""  # fmt: skip
 
     mesh: Mesh
     rules: tuple[Rule, ...] = ()
     backend: str = "jit"
+    scorers: Mesh | None = None
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -67,19 +70,40 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
 
 
 def layout(config: Mapping[str, Any], devices: Sequence[Any] | None = None) -> Layout:
-    """That of config.sharding: sizes of the axes; rules, ((pattern, axes of the last dimensions), ...), before the usual ones; backend.
+    """That of config.sharding: sizes of the axes; rules, ((pattern, axes of the last dimensions), ...), before the usual ones; backend;
+    scorers, how many of the devices, the last ones, score and do nothing else.
 
-    Raises ValueError for an unknown backend, and for pmap with parameters that are cut or with several processes.
+    Raises ValueError for an unknown backend, for pmap with parameters that are cut or with several processes, and for scorers that
+    leave no device or are asked for by several processes.
     """
-    given = dict(config)
+    given, devices = dict(config), jax.devices() if devices is None else devices
     rules, backend = tuple((pattern, tuple(axes)) for pattern, axes in given.pop("rules", ())), given.pop("backend", "jit")
-    mesh = make_mesh(given, devices)
+    apart = int(given.pop("scorers", 0))
+    if apart and (not 0 < apart < len(devices) or jax.process_count() > 1 or backend != "jit"):
+        raise ValueError(f"sharding.scorers sets devices of one process apart, at most {len(devices) - 1} of these {len(devices)}, with "
+                         f"the backend 'jit'; got {apart}, {jax.process_count()} processes, {backend!r}")  # fmt: skip
+    scorers = make_mesh(None, devices[len(devices) - apart :]) if apart else None
+    mesh = make_mesh(given, devices[: len(devices) - apart])
     if backend not in ("jit", "pmap"):
         raise ValueError(f"sharding.backend {backend!r}; choose 'jit' or 'pmap'")
     if backend == "pmap" and (mesh.shape["data"] != mesh.size or rules or jax.process_count() > 1):
         raise ValueError(f"the pmap backend cuts batches over the devices of one process and nothing else; got {dict(mesh.shape)}, "
                          f"{len(rules)} rules, {jax.process_count()} processes. Use backend 'jit' for these.")  # fmt: skip
-    return Layout(mesh, (*rules, *(TENSOR if mesh.shape["tensor"] > 1 else ())), backend)
+    return Layout(mesh, (*rules, *(TENSOR if mesh.shape["tensor"] > 1 else ())), backend, scorers)
+
+
+def apart(on: Layout, reward: Reward) -> Callable[[jax.Array, Tree], jax.Array] | None:
+    """score(pictures, condition) [B] on the devices that are set apart for it, if any: pictures go there, scores come back."""
+    if on.scorers is None:
+        return None
+    params, there, here = place(Layout(on.scorers), reward.params), NamedSharding(on.scorers, BATCH), NamedSharding(on.mesh, BATCH)
+    program = jax.jit(reward.score)
+
+    def score(pictures: jax.Array, condition: Tree) -> jax.Array:
+        scores: jax.Array = jax.device_put(program(params, *jax.device_put((pictures, condition), there)), here)
+        return scores
+
+    return score
 
 
 def shards(mesh: Mesh) -> int:
