@@ -293,8 +293,22 @@ def build_run(config: Any, on: sharding.Layout) -> Run:
     plan = planned(config, bundle, params, reward(config))
     shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]
     needs = plan.parts.algorithm.needs
+    _check_scorers(config, plan.parts, on)
     source = data_source(config, needs.data, bundle, plan.parts.reward if needs.reward else None, shape)
     return Run(plan.parts, params, plan.sampler, source, plan.learning_rate)
+
+
+def _check_scorers(config: Any, parts: Parts, on: sharding.Layout) -> None:
+    """Raises ValueError where devices are set apart for scoring and the method, the reward or the microbatch does not allow for it."""
+    reward, size = parts.reward, batch_sizes(config)[2]
+    if on.scorers is None:
+        return
+    if reward is None or not reward.device or parts.algorithm.needs.reward != "value" or parts.redraw is not None:
+        asked = f"{reward.name if reward else 'no reward'}{' and config.rollout' if parts.redraw else ''}"
+        raise ValueError("sharding.scorers are devices that score finished pictures, for methods that ask for no more; "
+                         f"{config.method.name} with {asked} has none to score there. Leave it at 0")  # fmt: skip
+    if size % on.scorers.size:
+        raise ValueError(f"microbatches of {size} do not divide over {on.scorers.size} sharding.scorers")
 
 
 def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | None, shards: int | None = None) -> Plan:

@@ -52,28 +52,14 @@ def set_up(config: Any) -> tuple[Session, TrainState]:
         warning = probe(run.parts.reward, shape[1:], run.source.prompts[:4])
         if warning:
             logging.warning(warning)
-    programs, size = sharding.programs(layout, run.parts), build.batch_sizes(config)[2]
-    scorer = _scorer(config, run, layout, size)
+    programs, scorer = sharding.programs(layout, run.parts), sharding.apart(layout, run.parts.reward)
     key = jax.random.key(config.seed)
     trained, frozen_params = run.parts.partition.init(jax.random.fold_in(key, 0), run.params)
     frozen = build.frozen_tree(run, programs, frozen_params) | ({"reward": None} if scorer else {})
     frozen = sharding.place(layout, frozen)
     state = programs.init(jax.random.fold_in(key, 1), sharding.place(layout, trained), frozen["null"])
-    return Session(run, programs, layout, frozen, size, config.get("reward_errors", "raise"), scorer), state
-
-
-def _scorer(config: Any, run: build.Run, on: sharding.Layout, size: int) -> Callable[[jax.Array, Tree], jax.Array] | None:
-    """What scores on devices of its own; raises ValueError where the method, the reward or the microbatch does not allow for it."""
-    reward, needs = run.parts.reward, run.parts.algorithm.needs.reward
-    if on.scorers is None:
-        return None
-    if reward is None or not reward.device or needs != "value" or run.parts.redraw is not None:
-        asked = f"{reward.name if reward else 'no reward'}{' and config.rollout' if run.parts.redraw else ''}"
-        raise ValueError(f"sharding.scorers are devices that score finished pictures, for methods that ask for no more; "
-                         f"{config.method.name} with {asked} has none to score there. Leave it at 0")  # fmt: skip
-    if size % on.scorers.size:
-        raise ValueError(f"microbatches of {size} do not divide over {on.scorers.size} scorers")
-    return sharding.apart(on, reward)
+    errors = config.get("reward_errors", "raise")
+    return Session(run, programs, layout, frozen, build.batch_sizes(config)[2], errors, scorer), state
 
 
 def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:

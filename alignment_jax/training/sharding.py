@@ -92,9 +92,9 @@ def layout(config: Mapping[str, Any], devices: Sequence[Any] | None = None) -> L
     return Layout(mesh, (*rules, *(TENSOR if mesh.shape["tensor"] > 1 else ())), backend, scorers)
 
 
-def apart(on: Layout, reward: Reward) -> Callable[[jax.Array, Tree], jax.Array] | None:
+def apart(on: Layout, reward: Reward | None) -> Callable[[jax.Array, Tree], jax.Array] | None:
     """score(pictures, condition) [B] on the devices that are set apart for it, if any: pictures go there, scores come back."""
-    if on.scorers is None:
+    if on.scorers is None or reward is None:
         return None
     params, there, here = place(Layout(on.scorers), reward.params), NamedSharding(on.scorers, BATCH), NamedSharding(on.mesh, BATCH)
     program = jax.jit(reward.score)

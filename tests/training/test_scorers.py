@@ -56,6 +56,5 @@ def test_what_cannot_be_set_apart_is_refused():
         loop.set_up(config)
     config.sharding.scorers, config.reward = 0, "own_reward:warmth"
     config.method = {"name": "draft", "k": 1}
-    run, mesh = build.build_run(config, sharding.layout(config.sharding)), sharding.make_mesh()
     with pytest.raises(ValueError, match="score finished pictures.*draft with warmth has none"):
-        loop._scorer(config, run, sharding.Layout(mesh, scorers=mesh), 8)
+        build.build_run(config, sharding.Layout(sharding.make_mesh(), scorers=sharding.make_mesh()))
