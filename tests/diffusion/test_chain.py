@@ -106,6 +106,19 @@ def test_the_exact_denoiser_of_a_gaussian_gives_the_recursions_law(eta):
     assert path.x.shape == (21, n, 1) and np.array_equal(path.x[-1], x0)
 
 
+@pytest.mark.parametrize("start", [1.0, 0.9995])
+def test_a_flow_sde_begins_with_the_noise_of_its_second_time(start):
+    """Flow-GRPO's own: a sqrt(t / (1 - t)) has no value at t = 1, and just below it one that drowns the picture."""
+    grid = d.sampling_grid(d.rectified_flow(t_max=start), 8)
+    sampler = d.Sampler(d.rectified_flow(), grid, "flow", flow_sde=("sqrt", 0.7))
+    x = jax.random.normal(KEY, (4, 2))
+    t0, t1 = float(grid.t[0]), float(grid.t[1])
+    step = d.transition(sampler, 0, x, jnp.zeros_like(x))
+    np.testing.assert_allclose(step.std, 0.7 * np.sqrt(t0 / (1 - t1)) * np.sqrt(t0 - t1), rtol=1e-5)
+    later = d.transition(sampler, 1, x, jnp.zeros_like(x)).std
+    np.testing.assert_allclose(later, 0.7 * np.sqrt(t1 / (1 - t1)) * np.sqrt(t1 - float(grid.t[2])), rtol=1e-5)
+
+
 @pytest.mark.parametrize("rule", [("sqrt", 0.7), ("constant", 0.3)])
 def test_flow_sde_and_ode_have_the_same_marginals_as_steps_grow(rule):
     """T9, by the float32 transition's own coefficients: a few steps shrink the variance, 2000 give .25 both ways."""
