@@ -108,7 +108,7 @@ def transition(sampler: Sampler, i: Array | int, x: Array, output: Array, *, pre
         direction = jnp.sqrt(jnp.clip(s1**2 - std**2, 0.0))
         return Transition(expand(a1, x) * x0 + expand(direction, x) * eps, std, clean)
     rule, a = sampler.flow_sde
-    below = jnp.where(s0 < sigmas[0], s0, sigmas[1])  # sigma_t diverges at t = 1: in the first step the next time stands in, as in Flow-GRPO
+    below = jnp.where(s0 < sigmas[0], s0, sigmas[1])  # sigma_t diverges at t = 1: first the next time stands in, as in Flow-GRPO
     g = a * jnp.sqrt(s0 / (1 - below)) if rule == "sqrt" else jnp.full_like(s0, a)
     g = jnp.where(s1 == 0, 0.0, noise_scale * g)  # noise put back by the last step would stay in the picture
     dt = s1 - s0
