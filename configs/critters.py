@@ -93,8 +93,9 @@ CHANGES = {
     # the same without decoding: a reward model of the chain's own states (threshold and temperature: those of its scores), made by
     #   python -m alignment_jax train-reward --config=configs/critters_reward.py:picture --workdir=runs/reward
     #   python -m alignment_jax train-reward --config=configs/critters_reward.py:noisy --workdir=runs/states
-    "lpo": {"method": {"name": "lpo", "k": 4, "temperature": 0.1, "threshold": 0.1}, "sampling.eta": 1.0, **budget(106),
-            "reward": "{'name': 'trained', 'folder': 'runs/states'}", "batch": {"prompts": 16, "group": 1, "microbatch": 64}},
+    "lpo": {"method": {"name": "lpo", "k": 4, "temperature": 0.1, "threshold": 0.1}, "sampling.eta": 1.0, **budget(93),
+            "optimizer.learning_rate": 1e-4, "batch": {"prompts": 16, "group": 1, "microbatch": 64},
+            "reward": "{'name': 'trained', 'folder': 'runs/states'}"},
     # a pair loss on the policy's own samples, the proxy for an annotator
     "online_dpo": {"method": {"name": "online", "loss": {"name": "diffusion_dpo", "beta": 2000.0}, "temperature": 0.1}, **budget(87),
                    "batch": {"prompts": 16, "group": 4, "microbatch": 64}, "optimizer.learning_rate": 3e-4,
