@@ -136,7 +136,8 @@ def load_lists(path: str) -> dict[str, Any]:
     Higher is better; M rewards each rank on their own. NaN: that picture is not scored. Raises ValueError where K < 2, or no
     list holds two pictures of different score.
     """
-    file, lists = _stored(path, ("list", "score", "prompts"), "ranked lists")
+    file, lists = _stored(path, ("list", "score", "prompts"), "ranked lists",
+                          hint="To make them: python -m alignment_jax label --list=4 --out={}")  # fmt: skip
     _uint8(file, lists, "list", 5)
     score = lists["score"] = np.asarray(lists["score"], np.float32)
     n, k = lists["list"].shape[:2]
