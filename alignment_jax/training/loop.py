@@ -109,17 +109,19 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
     number = int(state.step)
     roll_key, prepare_key, item_key = jax.random.split(jax.random.fold_in(state.key, number), 3)
     cut = step.cut(n, size)
-    # all are dispatched before the first is waited for: while one microbatch is scored elsewhere, the devices draw the next ones
-    parts = [programs.rollout(state, frozen, k, d) for k, d in step.microbatches((jax.random.split(roll_key, n), data), cut)]
-    elsewhere = needs.reward == "value" and (on_host(session) or session.apart)
-    pictures = [programs.to_pictures(frozen, p["x0"]) for p in parts] if elsewhere else []
+    elsewhere, parts, pictures = needs.reward == "value" and (on_host(session) or session.apart), list[Tree](), list[jax.Array]()
+    # nothing is waited for: while one microbatch is scored elsewhere, the devices, which keep this order, draw the next ones
+    for k, d in step.microbatches((jax.random.split(roll_key, n), data), cut):
+        parts.append(programs.rollout(state, frozen, k, d))
+        if elsewhere:
+            pictures.append(programs.to_pictures(frozen, parts[-1]["x0"]))
     lap("rollout", (parts, pictures))
     rewards, metrics = None, dict[str, Any]()
     if needs.reward == "value":
         rewards, metrics = score(session, parts, pictures, batch["prompts"], cut, number)
     lap("reward", rewards)
     rolled = step.join(parts, cut)
-    del parts
+    del parts, pictures
     items, extra, info = programs.prepare(prepare_key, state.extra, rolled, rewards)
     state = state._replace(extra=extra)
     cond = rolled["cond"]

@@ -239,7 +239,9 @@ def own(on: Layout, x: jax.Array) -> np.ndarray:
     """The rows of an array [B, ...] that `shard` would have taken from this process."""
     if jax.process_count() == 1:
         return np.asarray(x)
-    x = jax.jit(lambda x: x, out_shardings=NamedSharding(on.mesh, BATCH))(x)
+    where = NamedSharding(on.mesh, BATCH)
+    if not x.sharding.is_equivalent_to(where, x.ndim):
+        x = jax.jit(lambda x: x, out_shardings=where)(x)
     parts = {s.index[0].start or 0: s.data for s in x.addressable_shards}
     return np.concatenate([np.asarray(parts[i]) for i in sorted(parts)])
 

@@ -15,10 +15,10 @@ def length(images, prompts, metadata):
 
 @pytest.mark.parametrize("microbatch", [16, 8, 4, 6])  # 6: the last one is filled up
 def test_scores_belong_to_their_pictures(monkeypatch, microbatch):
-    seen, drawn = [], []
+    seen = []
 
     def score(images, prompts, metadata):
-        seen.append(len(drawn))
+        seen.append("score")
         return length(images, prompts, metadata)
 
     config = toy_config.get_config("plain1")
@@ -26,19 +26,24 @@ def test_scores_belong_to_their_pictures(monkeypatch, microbatch):
     monkeypatch.setattr(build, "reward", lambda config: Reward("length", score, device=False, differentiable=False))
     session, state = loop.set_up(config)
     seen.clear()  # the probe
-    batch, rewards, rollout, prepare = next(session.run.source), [], session.programs.rollout, session.programs.prepare
+    batch, rewards, programs = next(session.run.source), [], session.programs
 
-    def draw(*arguments):
-        drawn.append(True)
-        return rollout(*arguments)
+    def watched(name):
+        def call(*arguments):
+            seen.append(name)
+            return getattr(programs, name)(*arguments)
 
-    def watched(key, extra, rolled, scores):
+        return call
+
+    def prepare(key, extra, rolled, scores):
         rewards.append(scores)
-        return prepare(key, extra, rolled, scores)
+        return programs.prepare(key, extra, rolled, scores)
 
-    session = session._replace(programs=session.programs._replace(rollout=draw, prepare=watched))
+    named = {name: watched(name) for name in ("rollout", "to_pictures")}
+    session = session._replace(programs=programs._replace(prepare=prepare, **named))
     _, metrics = loop.one_step(session, state, batch)
     np.testing.assert_array_equal(np.asarray(rewards[0]), [len(p) for p in batch["prompts"]])
     parts = -(-16 // microbatch)
-    assert seen == [parts] * (1 if microbatch == 6 else parts), "all rollouts are under way before the first picture is waited for"
+    # devices run what they are given in order: the first pictures are there while the other rollouts are under way
+    assert seen == ["rollout", "to_pictures"] * parts + ["score"] * (1 if microbatch == 6 else parts)
     assert 0 < float(metrics["reward/bright"]) < 255
