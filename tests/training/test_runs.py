@@ -214,11 +214,11 @@ def test_bfloat16_trains_with_a_ratio_of_exactly_one():
 
 
 @pytest.mark.slow
-def test_ten_kills_lose_at_most_one_interval_and_end_with_the_same_arrays(tmp_path):
-    cli(*start(tmp_path / "straight", 40))
+def test_twenty_kills_lose_at_most_one_interval_and_end_with_the_same_arrays(tmp_path):
+    cli(*start(tmp_path / "straight", 60))
     rng = np.random.default_rng(0)
-    command = [sys.executable, "-m", "alignment_jax", *start(tmp_path / "w", 40)]
-    for _ in range(10):
+    command = [sys.executable, "-m", "alignment_jax", *start(tmp_path / "w", 60)]
+    for _ in range(20):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         log = tmp_path / "w" / "metrics.jsonl"
         before = log.read_text().count("\n") if log.exists() else 0
@@ -228,7 +228,7 @@ def test_ten_kills_lose_at_most_one_interval_and_end_with_the_same_arrays(tmp_pa
         time.sleep(rng.uniform(0, 0.4))
         process.kill()
         process.wait()
-    cli(*start(tmp_path / "w", 40))
+    cli(*start(tmp_path / "w", 60))
     a, b = (weights.load(tmp_path / name / "trained.safetensors") for name in ("straight", "w"))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
