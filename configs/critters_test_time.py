@@ -11,8 +11,8 @@ backward pass counted as two), plain sampling .766 [.672, .839] with noise and .
   universal guidance .789 / .672, Attend-and-Excite .773 (28 calls), classifier guidance .734 / .812;
   without noise: best-of-n .914 / .961, zero-order search .836 / .961, zigzag .695, ReNO .625 / .719, noise stability .523.
 At 1280 calls best-of-n and Feynman-Kac steering find everything in all 128 pictures, proxy 0, at .83 and .89 of plain diversity: this
-proxy is not hacked by choosing among the base's own pictures (what is, and how: "dno_trained" below). More rounds of universal guidance harm both proxy and gold (its backward
-steps, at this rate, taken 20 times at each of 8 steps).
+proxy is not hacked by choosing among the base's own pictures. What is, and how: dno_trained below. More rounds of universal guidance
+harm both proxy and gold (its backward steps, at this rate, taken 20 times at each of 8 steps).
 Nothing that sees the reward's gradient comes up to the selection among six finished samples here: a chain of 8 steps is short, a gradient
 costs three calls, and the proxy is sure once a picture is clean. DNO and zero-order search keep more diversity than plain sampling.
 Settings were chosen on training prompts, or left as their papers have them.
