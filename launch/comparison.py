@@ -88,7 +88,7 @@ def _ratio(after: dict[str, Any], before: dict[str, Any]) -> float | None:
 def _bases() -> str:
     """What the base does, by its sampler, at guidance 2."""
     found = {c["config"]["sampling"]["eta"]: c["base"] for c in map(json.loads, (p.read_text() for p in CURVES.glob("*.json")))
-             if c["config"]["sampling"]["guidance_scale"] == 1}  # fmt: skip
+             if c["config"]["sampling"]["guidance_scale"] == 1 and "flow_sde" not in c["config"]["sampling"]}  # fmt: skip
     said = [f"with eta {eta:g} gold {_value(b['gold'])}, proxy {_value(b['proxy'])}" for eta, b in sorted(found.items())]
     return f"The base itself at guidance 2, 16 calls a picture: {'; '.join(said)}."
 
