@@ -28,7 +28,7 @@ Not so, at this budget, and why:
     below the guided base with noise (.745, .681). 4 to 5 thousand scored pictures are a hundredth of what their papers use;
   PRDP, Adjoint Matching: they sample the tilt p exp(r / beta), which is near the base by intent (KL .9 and .2 nats);
   DiffusionNFT, AWM: regression on own samples; .461 to .516 and to .477 on the watched prompts;
-  offline pairs (DPO, KTO, InPO, SmPO, MaPO), online DPO: with guidance .61 to .67 against .613, at the base's diversity: nearest of the rest;
+  offline pairs (DPO, KTO, InPO, SmPO, MaPO), online DPO: with guidance .61 to .67 against .613, at the base's diversity: nearest of all;
     without guidance, DPO .435, because its pairs were drawn with it;
   RWR, RAFT, SFT: likelihood of pictures, which undoes the distilled guidance of the base.
   LPO, at a rate of 1e-3: over-optimised within 35 steps (watched gold .516 -> .172 while its reward rises from .05 to .94; the alarm
