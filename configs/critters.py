@@ -30,7 +30,7 @@ Not so, at this budget, and why:
   DiffusionNFT, AWM: regression on own samples; .461 to .516 and to .477 on the watched prompts;
   offline pairs (DPO, KTO, InPO, SmPO, MaPO), online DPO: with guidance .61 to .67 against .613, at the base's diversity: nearest of all;
     without guidance, DPO .435, because its pairs were drawn with it; SPIN, renders against own samples, .608 at 1.11 of the diversity;
-  RWR, RAFT, SFT: likelihood of pictures, which undoes the distilled guidance of the base.
+  RWR, RAFT, Lee et al., SFT: likelihood of pictures, which undoes the distilled guidance of the base.
   LPO, at a rate of 1e-3: over-optimised within 35 steps (watched gold .516 -> .172 while its reward rises from .05 to .94; the alarm
     fires): the reward of noisy states agrees with 60 % of held-out pairs only. At the 1e-4 of this file it is not measured.
 jpeg and hackable are hacks by design.
