@@ -35,7 +35,7 @@ def test_learns_and_compiles_each_program_once(name):
     """Also: every number that a method reports is in the catalogue of metrics."""
     parts, _, start, frozen, sampler = worlds.mixture_run(name)
     before = worlds.mean_reward(parts, start.trained, frozen, sampler)
-    _, programs, state, _, _, log = worlds.run_steps(name, 60, fresh=True)
+    _, programs, state, _, _, log = worlds.run_steps(name, 60, size=32, fresh=True)
     assert all(describe(metric) for metric in log[0])
     sizes = {k: f._cache_size() for k, f in programs._asdict().items()}
     assert all(size <= 1 for size in sizes.values()), sizes
