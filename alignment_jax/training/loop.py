@@ -13,21 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from .. import weights
 from ..evaluation.over_optimisation import early_stop
 from ..evaluation.statistics import unflatten
 from ..rewards.check import probe, score_host, to_uint8
 from . import build, distributed, flops, sharding, step
-from .checkpoint import Checkpointer, plain, save_json
+from .checkpoint import Checkpointer, save_json
 from .evaluate import Evaluator
+from .interrupt import PREEMPTED, Interrupt
 from .logging import MetricLog, read
 from .programs import Programs
 from .state import TrainState
+from .workdir import claim, stopped, whose
 
 Tree = Any
-PREEMPTED = 75  # EX_TEMPFAIL: nothing is wrong, try again
 
 
 class Session(NamedTuple):
@@ -279,12 +279,6 @@ def resume(workdir: Path, session: Session, state: TrainState) -> TrainState:
     return state
 
 
-def stopped(workdir: Path) -> str:
-    """Why a run was stopped early; empty when it was not."""
-    path = workdir / "stopped.json"
-    return json.loads(path.read_text())["reason"] if path.exists() else ""
-
-
 class Guard:
     """Early stopping on the gold panel: keeps the best state in workdir/best, and says when gold has fallen from it."""
 
@@ -327,30 +321,6 @@ def averaged(state: TrainState) -> Tree:
     return state.trained if state.ema is None else state.ema
 
 
-def whose(workdir: Path, config: Any) -> None:
-    """Raises ValueError when the workdir holds a run of another config, saying what differs; where it runs may differ."""
-    path = workdir / "config.json"
-    theirs, mine = json.loads(path.read_text()) if path.exists() else plain(config), plain(config)
-    differs = differences(theirs | {"sharding": {}}, mine | {"sharding": {}})
-    if differs:
-        raise ValueError(f"{workdir} holds a run of another config:\n  " + "\n  ".join(differs[:10])
-                         + "\nChoose another --workdir, or delete that one.")  # fmt: skip
-
-
-def claim(workdir: Path, config: Any) -> None:
-    """Makes the workdir and writes config.json; called once everything that the config names has been built."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    save_json(workdir / "config.json", plain(config))
-
-
-def differences(theirs: Any, mine: Any, where: str = "config") -> list[str]:
-    """Leaves that differ between two JSON trees, one line each."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        return [line for k in sorted(theirs.keys() | mine.keys())
-                for line in differences(theirs.get(k, "(absent)"), mine.get(k, "(absent)"), f"{where}.{k}")]  # fmt: skip
-    return [] if theirs == mine else [f"{where}: there {theirs!r}, here {mine!r}"]
-
-
 def announce(config: Any, session: Session, state: TrainState, steps: int) -> None:
     """The first lines of a run: what will happen."""
     prompts, group, micro = build.batch_sizes(config)
@@ -368,33 +338,6 @@ def announce(config: Any, session: Session, state: TrainState, steps: int) -> No
         lines.append(f"expected        about {config.expected_minutes:g} minutes on 2 CPU cores, evaluation included")
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
-
-
-class Interrupt:
-    """Turns SIGTERM and the first Ctrl-C into a wish to stop after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self._previous: dict[int, Any] = {}
-
-    def agreed(self) -> int:
-        """The signal that any process was sent, or 0; the same on all of them: they save together or not at all."""
-        return self.asked if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.array(self.asked)).max())
-
-    def __enter__(self) -> Interrupt:
-        def handle(number: int, frame: Any) -> None:
-            if self.asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.asked = number
-            print("\nstopping after this step, with a checkpoint", flush=True)
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, handle)
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
 
 
 def evaluate_run(workdir: str | Path) -> dict[str, Any]:

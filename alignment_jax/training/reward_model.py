@@ -27,9 +27,10 @@ from ..rewards.augment import augment
 from ..rewards.critters import encode
 from . import build
 from .checkpoint import Checkpointer, save_json
+from .interrupt import Interrupt
 from .logging import MetricLog
-from .loop import Interrupt, claim, whose
 from .state import TrainState
+from .workdir import claim, whose
 
 Array = jax.Array
 Tree = Any

@@ -11,6 +11,7 @@ from alignment_jax.algorithms import ALGORITHMS
 from alignment_jax.evaluation.metrics import describe
 from alignment_jax.training.checkpoint import Checkpointer
 
+SIZE = 32  # of a microbatch in all tests: a method's programs compile once for the table
 NAMES = sorted(ALGORITHMS)
 VALUE = sorted(n for n, e in ALGORITHMS.items() if e.reward == "value")
 
@@ -23,6 +24,10 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
 
 
+def compiled(programs):
+    return {name: f._cache_size() for name, f in programs._asdict().items()}
+
+
 def uncommitted(tree):
     """The same arrays, not tied to a device: no program is compiled anew for them."""
     one = lambda x: jnp.asarray(np.asarray(x))
@@ -33,13 +38,13 @@ def uncommitted(tree):
 @pytest.mark.parametrize("name", NAMES)
 def test_learns_and_compiles_each_program_once(name):
     """Also: every number that a method reports is in the catalogue of metrics."""
-    parts, _, start, frozen, sampler = worlds.mixture_run(name)
-    before = worlds.mean_reward(parts, start.trained, frozen, sampler)
-    _, programs, state, _, _, log = worlds.run_steps(name, 60, size=32, fresh=True)
+    parts, programs, start, frozen, sampler = worlds.mixture_run(name)
+    before, there = worlds.mean_reward(parts, start.trained, frozen, sampler), compiled(programs)
+    *_, state, _, _, log = worlds.run_steps(name, 60, size=SIZE)
     assert all(describe(metric) for metric in log[0])
-    sizes = {k: f._cache_size() for k, f in programs._asdict().items()}
-    assert all(size <= 1 for size in sizes.values()), sizes
-    assert sizes["gradient"] == 1 and sizes["apply"] == 1
+    now = compiled(programs)
+    assert all(now[k] <= there[k] + 1 for k in now), (there, now)
+    assert now["gradient"] >= 1 and now["apply"] >= 1
     if name == "guidance_distillation":  # it has a teacher to match, not a reward to raise
         assert log[-1]["loss"] < 0.2 * log[0]["loss"], (log[0], log[-1])
         return
@@ -55,7 +60,7 @@ def test_gradient_reaches_every_trained_leaf_and_no_frozen_one(name, lora):
     before, frozen_before = jax.tree.map(np.array, start.trained), jax.tree.map(np.array, frozen["params"])
     state = start
     for number in range(3):  # LoRA's a moves only once b has left zero
-        state, _ = worlds.one_step(parts, programs, state, frozen, data, number)
+        state, _ = worlds.one_step(parts, programs, state, frozen, data, number, SIZE)
     moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state.trained, before)
     assert all(jax.tree.leaves(moved)), moved
     assert same(frozen["params"], frozen_before)
@@ -63,24 +68,24 @@ def test_gradient_reaches_every_trained_leaf_and_no_frozen_one(name, lora):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_accumulated_equals_full_batch(name):
-    """Microbatches of 64 and of 24 (with padding) give the same parameters; padding must weigh nothing."""
-    whole, parts = (worlds.run_steps(name, 2, n=64, size=size)[2].trained for size in (64, 24))
+    """Microbatches of 32 and of 12 (with padding) give the same parameters of 32 rows; padding must weigh nothing."""
+    whole, parts = (worlds.run_steps(name, 2, n=SIZE, size=size)[2].trained for size in (SIZE, 12))
     for a, b in zip(leaves(whole), leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_deterministic_and_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
-    straight = worlds.run_steps(name, 4)[2]
-    assert same(straight, worlds.run_steps(name, 4)[2])
-    half = worlds.run_steps(name, 2)[2]
+    straight = worlds.run_steps(name, 4, size=SIZE)[2]
+    assert same(straight, worlds.run_steps(name, 4, size=SIZE)[2])
+    half = worlds.run_steps(name, 2, size=SIZE)[2]
     checkpoints = Checkpointer(tmp_path)
     checkpoints.save(half, {"position": 2})
     blank = worlds.mixture_run(name)[2]
     restored, position = checkpoints.restore(blank)
     checkpoints.close()
     assert position == {"position": 2} and int(restored.step) == 2
-    resumed = worlds.run_steps(name, 2, start=uncommitted(restored), first=2)[2]
+    resumed = worlds.run_steps(name, 2, start=uncommitted(restored), first=2, size=SIZE)[2]
     assert same(straight, resumed)
 
 
@@ -96,5 +101,5 @@ REWARDS = {
 @pytest.mark.parametrize("name", VALUE)
 @pytest.mark.parametrize("kind", REWARDS)
 def test_no_nan_under_odd_rewards(name, kind):
-    state = worlds.run_steps(name, 2, reward=REWARDS[kind])[2]
+    state = worlds.run_steps(name, 2, size=SIZE, reward=REWARDS[kind])[2]
     assert all(np.isfinite(x).all() for x in leaves(state.trained))

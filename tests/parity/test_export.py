@@ -49,22 +49,33 @@ def make_run(folders, workdir, case):
     return workdir
 
 
-def make(root):
-    """root/folders, root/runs and root/exports."""
+def make_folders(root):
+    """root/folders."""
     for kind in tiny_sd.KINDS:
         tiny_sd.write(kind, root / "folders" / kind)
-    for name, case in EXPORT_CASES.items():
-        run = make_run(root / "folders", root / "runs" / name, case)
+    return root
+
+
+def make_exports(root, name):
+    """root/runs/name and what it exports, root/exports/name."""
+    if not (root / "runs" / name).exists():
+        run = make_run(root / "folders", root / "runs" / name, EXPORT_CASES[name])
         for form in EXPORT_FORMATS:
             export(run, root / "exports" / name / form, form)
+
+
+def make(root):
+    """root/folders, root/runs and root/exports, all of them."""
+    make_folders(root)
+    for name in EXPORT_CASES:
+        make_exports(root, name)
     for kind in SINGLE_FILES:
         convert(root / "folders" / kind, root / "exports" / f"{kind}.safetensors")
-    return root
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("export"))
+    return make_folders(tmp_path_factory.mktemp("export"))
 
 
 def draw(case, out, **source):
@@ -78,8 +89,12 @@ def draw(case, out, **source):
     return np.load(out / "images.npy")
 
 
-@pytest.mark.parametrize("name", EXPORT_CASES)
+CASES = [pytest.param(name, marks=() if name in ("sd15_text", "sdxl") else pytest.mark.slow) for name in EXPORT_CASES]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_run_draws_here_what_its_exports_draw_in_diffusers(name, root, tmp_path):
+    make_exports(root, name)
     stored, case = np.load(FIXTURES / "export.npz"), EXPORT_CASES[name]
     got = draw(case, tmp_path, run=str(root / "runs" / name))
     other = stored[f"{case['kind'] if name.endswith('_text') else name + '_text'}_peft"]
@@ -88,12 +103,13 @@ def test_a_run_draws_here_what_its_exports_draw_in_diffusers(name, root, tmp_pat
         assert np.abs(got - stored[f"{name}_{form}"]).max() <= 1e-3, form
 
 
-@pytest.mark.parametrize("name", EXPORT_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_exported_files_are_read_back(name, root, tmp_path):
     """As `sample --lora` and `sample --model` read them: in every format the same parameters as the run's own."""
     from alignment_jax.training.build import model
     from alignment_jax.training.generate import load_run, with_lora
 
+    make_exports(root, name)
     run = flatten_dict(load_run(root / "runs" / name)[1], sep="/")
     kind = EXPORT_CASES[name]["kind"]
     base = model(ml_collections.ConfigDict({"model": str(root / "folders" / kind)}))[1]
@@ -136,6 +152,7 @@ def test_single_files_draw_the_same_in_diffusers(kind, root, tmp_path):
 
 @pytest.mark.parity
 def test_the_fixture_is_what_diffusers_gives(parity_python, root, tmp_path):
+    make(root)
     subprocess.run([parity_python, REFERENCE, tmp_path, root / "folders", root / "exports"], check=True)
     fresh, stored = np.load(tmp_path / "export.npz"), np.load(FIXTURES / "export.npz")
     assert set(fresh.files) == set(stored.files)

@@ -10,7 +10,7 @@ from alignment_jax import weights
 from alignment_jax.models import ASSETS, critters
 from alignment_jax.rewards.base import Reward
 from alignment_jax.rewards.check import probe, score_host
-from alignment_jax.training import build, loop
+from alignment_jax.training import build, loop, workdir
 from alignment_jax.training.selfcheck import tiny_config
 
 
@@ -118,7 +118,7 @@ def test_failing_pictures_are_masked_when_asked():
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(tmp_path):
-    loop.claim(tmp_path, tiny_config())
+    workdir.claim(tmp_path, tiny_config())
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ValueError, match="config.seed: there 0, here 5"):
         loop.train(tiny_config(seed=5), tmp_path)

@@ -45,7 +45,7 @@ LENGTH = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("where", sorted(LENGTH))
+@pytest.mark.parametrize("where", ["host", pytest.param("device", marks=pytest.mark.slow)])
 def test_the_reward_of_a_semi_online_loser_reads_its_caption(where, monkeypatch, tmp_path):
     """A caption counts if it is short: 4 words, not 9. Without the caption nothing could be scored; a dropped one is still read."""
     monkeypatch.setitem(build.REWARDS, "length", LENGTH[where])

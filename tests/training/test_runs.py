@@ -17,6 +17,7 @@ from alignment_jax.evaluation.metrics import describe
 from alignment_jax.training import loop, selfcheck
 from alignment_jax.training.checkpoint import Checkpointer
 from alignment_jax.training.logging import MetricLog, read
+from alignment_jax.training.workdir import stopped
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--config.batch.prompts=4", "--config.batch.microbatch=4", "--config.method.k=1", "--config.method.anchor_weight=0",
@@ -197,7 +198,7 @@ def test_early_stopping_goes_back_to_the_state_with_the_best_gold(tmp_path):
         states.append(jax.tree.map(np.array, state.trained))
         if not asked:
             state, _ = loop.one_step(session, state, next(session.run.source))
-    assert "Stopped early" in loop.stopped(tmp_path) and "The state of step 1 is kept" in loop.stopped(tmp_path)
+    assert "Stopped early" in stopped(tmp_path) and "The state of step 1 is kept" in stopped(tmp_path)
     best = loop.resume(tmp_path, session, state)
     assert int(best.step) == 1
     for tree in (best.trained, weights.load(tmp_path / "trained.safetensors")):

@@ -18,7 +18,7 @@ from alignment_jax.training.generate import generate
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red house", "the cat on the moon", "the sea"]
-QUICK = {("sd15", "das"), ("sdxl", "fk")}
+QUICK = {("sdxl", "das")}
 CASES = [pytest.param(kind, name, marks=() if (kind, name) in QUICK else pytest.mark.slow)
          for kind in ("sd15", "sdxl") for name in TEST_TIME]  # fmt: skip
 SMALL = {"dno": {"iterations": 2, "permutations": 1}, "reno": {"iterations": 2}, "prompt_embedding": {"iterations": 2},
