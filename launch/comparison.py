@@ -25,8 +25,9 @@ reward that is followed, higher is better, 0 the best. Gold: the share of sample
 sees finds all that was asked for; 95 % intervals over prompts; seed 0. Watched: the same on 32 of these prompts before and after
 training, sampled alike. Diversity: pixel distance within a prompt among right samples, relative to the base at guidance 2. KL: of the
 paths to the base, in nats. Seconds: of processors, all of training and its evaluation, and at test time wall time of 1 024 pictures
-beside other work, on another machine; those of srpo, smpo, spin, rank_dpo, flow_grpo and lee are of a busy machine, about
-four times as many. MB: the process's peak, at test time the temporaries of a batch. An alarm: the proxy rose and gold fell."""
+beside other work, on another machine; those of srpo, smpo, spin, rank_dpo, flow_grpo, lee, lpo and semi_online are of a
+busy machine, about four times as many. MB: the process's peak, at test time the temporaries of a batch. An alarm: the proxy
+rose and gold fell."""
 COLOURS = {"reward": "C0", "preference": "C2", "test time": "C3"}
 
 

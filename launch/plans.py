@@ -96,6 +96,7 @@ def main(words: list[str]) -> None:
             print(name, flush=True)
             found = plan.plan(config(name, root), name.split("-")[-1], kept=root / path.name,
                               say=lambda line: print(f"  {line}", flush=True))  # fmt: skip
+            found["model"] = name.split("-")[0]  # not where its folder lay
             path.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{plan.text(found)}\n{name}: {time.time() - began:.0f} s", flush=True)
     (ROOT / "docs" / "plans.md").write_text(table())

@@ -37,7 +37,7 @@ def few_compiled_programs():
 
 TOYS = {f"test_{name}.py" for name in """
     attention_maps closed_forms count drivers embedding every_algorithm every_method export full_evaluation guidance host_rewards
-    noise_optimisation online_preference particles policy_gradient preference processes scorers sharding
+    noise_optimisation notebooks online_preference particles policy_gradient preference processes scorers sharding
     stable_diffusion steered_stable_diffusion""".split()}
 
 
