@@ -56,7 +56,8 @@ def table() -> str:
     rows = [__doc__.splitlines()[0].replace("Writes docs/plans.md: w", "# W"), "",
             "Made by `launch/plans.py`; `python -m alignment_jax plan` makes one of your own config. Where all of the UNet is trained, "
             "parameters are in float32 and cut over all chips (fsdp), else in bfloat16 and whole on every chip. Networks compute in "
-            "bfloat16 with `remat`, one sample a chip at a time. GiB are those of one chip, as are FLOP and bytes. The roofline is what a "
+            "bfloat16 with `remat`, one sample a chip at a time. GiB are those of one chip, as are FLOP and bytes. What stays: parameters, "
+            "reward models, optimiser, averages, code; held: what of the step waits meanwhile. The roofline is what a "
             "step takes at least by the chips' published figures (docs.cloud.google.com/tpu/docs); nothing here was run on a TPU. Empty: "
             "a program does not compile because it does not fit.", "",
             "| model | method | trained | side | topology | fits | total GiB | of | stays | temporaries | held | TFLOP a step | TB | "
