@@ -17,12 +17,13 @@ Array = jax.Array
 
 
 def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, anchor_weight: float = 0.0,
-          adjoint: bool = False) -> Algorithm:  # fmt: skip
+          adjoint: bool = False, remat: bool | None = None) -> Algorithm:  # fmt: skip
     """DRaFT-K: ascend E r(x_0), x_0 = the last K steps of the sampler from sg(x_K).
 
     L = -r(x_0) + anchor_weight |x_0 - x_0_ref|^2, x_0_ref the frozen model's end from the same x_K and noise.
     lv > 1 (DRaFT-LV, K = 1): x_0 is re-noised to the last time lv times and the gradients are averaged.
     adjoint: the exact gradient as a payload, one linear loss a step; memory does not grow with K (no anchor, lv = 1).
+    remat: a step keeps its state alone and its network call is made again in the backward pass; None: except on CPU.
     Raises ValueError for a K outside 1..T, for lv > 1 with K > 1, and for what `adjoint` excludes.
     """
     steps = sampler.num_steps
@@ -72,7 +73,7 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
             return value.sum(0), {"reward": items["reward"]}
         total, distance, rewards = jnp.zeros(len(keys)), jnp.zeros(len(keys)), []
         for n in range(lv):
-            end = chained(networks["policy"], items["cond"], sampler, *begin(keys, items, n), start)
+            end = chained(networks["policy"], items["cond"], sampler, *begin(keys, items, n), start, remat=remat)
             reward = networks["reward"](fold_in(keys, 5000 + n), end, items["condition"])
             rewards.append(reward)
             total = total - reward / lv
@@ -84,11 +85,12 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
     return Algorithm(Needs("prompts", "gradient", copies), loss, rollout=rollout, anchor=anchor)
 
 
-def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, std_k: float = 5.0) -> Algorithm:
+def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, std_k: float = 5.0,
+              remat: bool | None = None) -> Algorithm:  # fmt: skip
     """AlignProp: the whole chain, with the gradient cut at a random step of each sample, K ~ N(mean_k, std_k) in 1..T.
 
     As in the official code the network's output is cut before that step, not x. Costs the memory and time of K = T:
-    where that matters use draft with a fixed k.
+    where that matters use draft with a fixed k. remat: as in `draft`.
     """
     steps = sampler.num_steps
 
@@ -106,7 +108,7 @@ def alignprop(sampler: Sampler, shape: tuple[int, ...], *, mean_k: float = 8.0, 
             return live * output + (1 - live) * jax.lax.stop_gradient(output)
 
         noises = jnp.stack([normal(fold_in(keys, 2 + i), items["x"].shape) for i in range(steps)])
-        end = chained(policy, items["cond"], sampler, items["x"], noises, 0)
+        end = chained(policy, items["cond"], sampler, items["x"], noises, 0, remat=remat)
         reward = networks["reward"](fold_in(keys, 5000), end, items["condition"])
         return -reward, {"reward": reward, "k": kept}
 

@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ddpo_full": {"job": "ddpo", "steps": 10, "batch": 8, **GUIDED, "lora": False},
     "draft_1": {"job": "draft", "steps": 50, "batch": 2, "k": 1, **GUIDED},
     "draft_10": {"job": "draft", "steps": 50, "batch": 2, "k": 10, **GUIDED},
-    "draft_50": {"job": "draft", "steps": 50, "batch": 2, "k": 50, **GUIDED},
+    "draft_50": {"job": "draft", "steps": 50, "batch": 2, "k": 50, "remat": True, **GUIDED},
     "draft_1_full": {"job": "draft", "steps": 50, "batch": 2, "k": 1, **GUIDED, "lora": False},
     "draft_10_full": {"job": "draft", "steps": 50, "batch": 2, "k": 10, **GUIDED, "lora": False},
     "diffusion_dpo": DPO,
@@ -83,12 +83,12 @@ def ours(folder: Path, job: dict[str, Any]) -> Any:
 
     from alignment_jax.training import loop
 
-    method: dict[str, Any] = {"name": job["job"]} | {k: job[k] for k in ("k", "adjoint", "beta") if k in job}
+    method: dict[str, Any] = {"name": job["job"]} | {k: job[k] for k in ("k", "adjoint", "remat", "beta") if k in job}
     prompts = folder / "prompts.txt"
     prompts.write_text(job["prompt"] + "\n")
     config = ConfigDict({
         "name": "peers", "seed": 0, "steps": 100, "model": str(folder), "weights": "shipped",
-        "model_options": {"remat": job.get("remat", False)}, "method": method, "trainable": "^unet/",
+        "model_options": {"remat": False}, "method": method, "trainable": "^unet/",
         "optimizer": {"learning_rate": 3e-4 if job["lora"] else 1e-6, "weight_decay": 1e-4},
         "batch": {"prompts": job["batch"], "group": 1, "microbatch": job["batch"]},
         "sampling": {"scheduler": "ddim", "num_steps": job["steps"], "eta": 1.0, "guidance_scale": job["guidance"]},
