@@ -67,17 +67,18 @@ def date(sampler: Sampler, shape: tuple[int, ...], *, every: int = 10, rho: floa
 
         def update(i: Array | int, x: Array, cond: Tree) -> Tree:
             c = movable(cond, len(keys))[0] if accumulate else first
-            for n in range(updates):
 
-                def value(c: Embedding, n: int = n) -> tuple[Array, None]:
+            def climb_once(n: Array, c: Embedding) -> Embedding:
+                def value(c: Embedding) -> tuple[Array, None]:
                     x0, _ = clean(sampler, i, networks["policy"], x, rebuild(c))
                     return networks["augmented"](fold_in(fold_in(keys, 2 + n), i), x0, data["condition"]), None
 
                 _, gradient, _ = ascent(value, c)
                 norm = distance(gradient, None)
                 scale = rho * jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
-                c = [a + (scale.reshape(-1, *[1] * (a.ndim - 1)) * g).astype(a.dtype) for a, g in zip(c, gradient)]
-            return rebuild(c)
+                return [a + (scale.reshape(-1, *[1] * (a.ndim - 1)) * g).astype(a.dtype) for a, g in zip(c, gradient)]
+
+            return rebuild(jax.lax.fori_loop(0, updates, climb_once, c))
 
         def select(key: Array, i: Array, state: State) -> State:
             chosen = ((i + 1) % every == 0) & (i + 1 < steps - 1)
