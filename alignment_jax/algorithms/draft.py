@@ -1,7 +1,7 @@
 """DRaFT: reward gradients through the end of the sampling chain (arXiv 2309.17400); AlignProp (arXiv 2310.03739).
 
 Departures: an optional anchor keeps the tail close to the frozen model's tail from the same state, which is what keeps
-diversity; K-step chains are scanned, with rematerialisation except on CPU, or swept by their adjoint.
+diversity; K-step chains are scanned, with rematerialisation except on CPU.
 """
 
 from __future__ import annotations
@@ -10,29 +10,26 @@ import jax
 import jax.numpy as jnp
 
 from ..diffusion import Sampler, expand, fold_in, initial, normal, sample
-from .base import Algorithm, Info, Needs, Networks, Tree, mean_square, reward_gradient, uniform
-from .losses import chain_adjoints, chained, linear
+from .base import Algorithm, Info, Needs, Networks, Tree, mean_square, uniform
+from .losses import chained
 
 Array = jax.Array
 
 
 def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, anchor_weight: float = 0.0,
-          adjoint: bool = False, remat: bool | None = None) -> Algorithm:  # fmt: skip
+          remat: bool | None = None) -> Algorithm:  # fmt: skip
     """DRaFT-K: ascend E r(x_0), x_0 = the last K steps of the sampler from sg(x_K).
 
     L = -r(x_0) + anchor_weight |x_0 - x_0_ref|^2, x_0_ref the frozen model's end from the same x_K and noise.
     lv > 1 (DRaFT-LV, K = 1): x_0 is re-noised to the last time lv times and the gradients are averaged.
-    adjoint: the exact gradient as a payload, one linear loss a step; memory does not grow with K (no anchor, lv = 1).
     remat: a step keeps its state alone and its network call is made again in the backward pass; None: except on CPU.
-    Raises ValueError for a K outside 1..T, for lv > 1 with K > 1, and for what `adjoint` excludes.
+    Raises ValueError for a K outside 1..T and for lv > 1 with K > 1.
     """
     steps = sampler.num_steps
     if not 1 <= k <= steps:
         raise ValueError(f"k is the number of differentiated steps, 1 to {steps}; got {k}")
     if lv < 1 or (lv > 1 and k > 1):
         raise ValueError(f"DRaFT-LV repeats the last step: lv={lv} needs k=1; got k={k}")
-    if adjoint and (lv > 1 or anchor_weight):
-        raise ValueError("adjoint=True is the plain DRaFT-K gradient: use lv=1 and anchor_weight=0")
     start = steps - k
 
     def rollout(keys: Array, extra: Tree, networks: Networks, data: Tree) -> Tree:
@@ -50,27 +47,12 @@ def draft(sampler: Sampler, shape: tuple[int, ...], *, k: int = 1, lv: int = 1, 
         return alpha * items["x"] + sigma * normal(fold_in(keys, 1000 + n), items["x"].shape), noises
 
     def anchor(keys: Array, networks: Networks, items: Tree) -> Tree:
-        if adjoint:
-            return _adjoint_items(keys, networks, items)
         if not anchor_weight:
             return items
         ends = [chained(networks["reference"], items["cond"], sampler, *begin(keys, items, n), start) for n in range(lv)]
         return {**items, "end": jnp.stack(ends, 1)}
 
-    def _adjoint_items(keys: Array, networks: Networks, items: Tree) -> Tree:
-        x, noises = begin(keys, items, 0)
-        noise = lambda key, i, step: step.mean + expand(step.std, x) * noises[i - start]  # noqa: E731
-        end, trajectory = sample(keys, networks["policy"], items["cond"], sampler, x, start=start, noise=noise, keep=True)
-        reward, gradient = reward_gradient(networks, fold_in(keys, 5000), end, items["condition"])
-        cotangents = chain_adjoints(networks["policy"], items["cond"], sampler, trajectory.x[:-1], gradient, start)
-        return {**items, "states": trajectory.x[:-1].swapaxes(0, 1), "cotangents": cotangents.swapaxes(0, 1), "reward": reward}
-
     def loss(keys: Array, networks: Networks, items: Tree) -> tuple[Array, Info]:
-        if adjoint:
-            outputs = [networks["policy"](items["states"][:, j], jnp.full(len(keys), sampler.grid.t[start + j]), items["cond"])
-                       for j in range(k)]  # fmt: skip
-            value = jnp.stack([linear(output, -items["cotangents"][:, j]) for j, output in enumerate(outputs)])
-            return value.sum(0), {"reward": items["reward"]}
         total, distance, rewards = jnp.zeros(len(keys)), jnp.zeros(len(keys)), []
         for n in range(lv):
             end = chained(networks["policy"], items["cond"], sampler, *begin(keys, items, n), start, remat=remat)

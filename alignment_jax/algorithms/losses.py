@@ -106,22 +106,3 @@ def chained(denoise: Denoise, cond: Any, sampler: Sampler, x: Array, noises: Arr
         return step_.mean + expand(step_.std, x) * z, None
 
     return jax.lax.scan(step, x, (jnp.arange(start, sampler.num_steps), noises))[0]
-
-
-def chain_adjoints(denoise: Denoise, cond: Any, sampler: Sampler, states: Array, end_gradient: Array, start: int) -> Array:
-    """Adjoints [T - start, B, ...] of the network outputs along stored states [T - start, B, ...].
-
-    a_T = dr/dx_0 swept backwards by a vjp with respect to x alone; what is returned for step k is
-    (d x_{k-1} / d output_k)^T a_{k-1}, the cotangent of `linear`. Summed over steps, linear(output_k(sg x_k), returned_k)
-    has exactly the gradient of `chained`, at a memory that does not grow with the number of steps.
-    """
-    times = jnp.asarray(sampler.grid.t)
-
-    def back(adjoint: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        i, x = inputs
-        output, pull_network = jax.vjp(lambda x: denoise(x, jnp.broadcast_to(times[i], x.shape[:1]), cond), x)
-        _, pull_step = jax.vjp(lambda x, o: transition(sampler, i, x, o).mean, x, output)
-        to_x, to_output = pull_step(adjoint)
-        return to_x + pull_network(to_output)[0], to_output
-
-    return jax.lax.scan(back, end_gradient, (jnp.arange(start, sampler.num_steps), states), reverse=True)[1]

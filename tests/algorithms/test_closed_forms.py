@@ -168,26 +168,6 @@ def test_draft_k_gives_no_gradient_to_earlier_steps_and_equals_the_whole_chain_o
     assert np.all(last[:-3] == 0.0) and np.all(last[-3:] != 0.0) and np.all(whole != 0.0)
 
 
-@pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_adjoint_payload_has_the_gradient_of_autodiff_through_the_chain(k, eta):
-    """On a network with curvature, so that Jacobian products count; chains that keep and that recompute agree as well."""
-    sampler = gaussian.chain(6, eta)
-    net = lambda w: lambda x, t, c: jnp.tanh(x * w[0] + w[1]) + 0.3 * x  # noqa: E731
-    w, keys = jnp.array([0.7, 0.2]), jax.random.split(KEY, 8)
-
-    def grads(algorithm):
-        nets = lambda w: {"policy": net(w), "reference": net(w), "reward": reward}  # noqa: E731
-        items = algorithm.anchor(keys, nets(w), algorithm.rollout(keys, {}, nets(w), DATA(8)))
-        return jax.grad(lambda w: algorithm.loss(keys, nets(w), items)[0].mean())(w)
-
-    a, b = grads(draft(sampler, (1,), k=k)), grads(draft(sampler, (1,), k=k, adjoint=True))
-    np.testing.assert_allclose(a, b, rtol=2e-5)
-    x, z = jax.random.normal(KEY, (8, 1)), jax.random.normal(KEY, (k, 8, 1))
-    ends = [jax.grad(lambda w, r=r: losses.chained(net(w), None, sampler, x, z, 6 - k, remat=r).sum())(w) for r in (True, False)]
-    np.testing.assert_allclose(*ends, rtol=1e-5)
-
-
 def test_a_chain_and_its_gradient_are_one_program_whatever_their_length():
     """The network stands in a program twice, forward and backward, and does not with every step that it goes back through."""
     net = lambda w: lambda x, t, c: jnp.tanh(w * x)  # noqa: E731
