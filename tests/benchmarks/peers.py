@@ -83,7 +83,7 @@ def ours(folder: Path, job: dict[str, Any]) -> Any:
 
     from alignment_jax.training import loop
 
-    method: dict[str, Any] = {"name": job["job"]} | {k: job[k] for k in ("k", "adjoint", "remat", "beta") if k in job}
+    method: dict[str, Any] = {"name": job["job"]} | {k: job[k] for k in ("k", "remat", "beta") if k in job}
     prompts = folder / "prompts.txt"
     prompts.write_text(job["prompt"] + "\n")
     config = ConfigDict({

@@ -50,7 +50,9 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize(("size", "remat"), [((16, 8), False), ((8, 4), True)])
+@pytest.mark.parametrize(("size", "remat"), [
+    ((16, 8), False), ((8, 4), True), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in [((16, 8), True), ((8, 4), False)]),
+])  # fmt: skip
 def test_maps_are_the_mean_of_the_layers_own_probabilities(network, size, remat):
     """Dense and by hand, from what enters each layer; of the layers with that many positions alone, the others left out."""
     net, params = network
