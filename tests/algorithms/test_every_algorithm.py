@@ -13,6 +13,9 @@ from alignment_jax.training.checkpoint import Checkpointer
 
 SIZE = 32  # of a microbatch in all tests: a method's programs compile once for the table
 NAMES = sorted(ALGORITHMS)
+WITH_LORA = ("adjoint_matching", "ddpo", "diffusion_dpo", "diffusion_nft", "draft", "sft")  # one of a kind; the others are slow
+KEPT_ALIKE = ("alignprop", "awm", "dance_grpo", "diffusion_kto", "drtune", "flow_grpo", "guidance_distillation", "lee", "lpo", "mapo",
+              "rank_dpo", "refl", "spo", "srpo")  # these keep nothing between steps that another does not: resumed in the slow tier
 VALUE = sorted(n for n, e in ALGORITHMS.items() if e.reward == "value")
 
 
@@ -49,8 +52,10 @@ def test_learns_and_compiles_each_program_once(name):
     assert after > before + 0.4, (before, after)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("name", "lora"), [
+    *((name, False) for name in NAMES),
+    *(pytest.param(name, True, marks=() if name in WITH_LORA else pytest.mark.slow) for name in NAMES),
+])  # fmt: skip
 def test_gradient_reaches_every_trained_leaf_and_no_frozen_one(name, lora):
     parts, programs, start, frozen, _ = worlds.mixture_run(name, lora=lora)
     data = worlds.mixture_data(parts.algorithm.needs.data, jax.random.key(3))
@@ -71,7 +76,7 @@ def test_accumulated_equals_full_batch(name):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in KEPT_ALIKE else ()) for n in NAMES])
 def test_deterministic_and_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path):
     straight = worlds.run_steps(name, 4, size=SIZE)[2]
     assert same(straight, worlds.run_steps(name, 4, size=SIZE)[2])

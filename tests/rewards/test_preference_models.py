@@ -272,6 +272,7 @@ def test_answers_of_several_people_to_one_pair_stay_apart(tmp_path):
     assert not {pairs.prompts[i] for i in rows} & {pairs.prompts[i] for i in held}
 
 
+@pytest.mark.slow
 def test_a_noisy_model_reads_states_and_needs_no_decoder(tmp_path):
     config = settings("noisy", written(tmp_path, 40), steps=2, held_out=0.4, judge="", teacher="")
     summary = reward_model.train(config, tmp_path / "noisy")
@@ -287,6 +288,7 @@ def test_a_noisy_model_reads_states_and_needs_no_decoder(tmp_path):
     np.testing.assert_allclose(turned, score[order], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teachers_odds_replace_the_answers_that_are_trained_on_and_no_others(tmp_path):
     """The held-out answers stay the people's: a pupil measured against its teacher would look better than it is."""
     pairs = answers.load(written(tmp_path), "", (32, 32))

@@ -144,6 +144,7 @@ def test_settings_outside_their_ranges_are_refused(wrong):
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_critters_the_least_subject_is_looked_at_more():
     """At the first step, whose gradient's norm is near .005: a state's is 55."""
     bundle, params = build.model(ml_collections.ConfigDict({"model": "critters", "weights": "shipped", "seed": 0}))

@@ -42,6 +42,7 @@ def test_methods_are_measured_beside_plain_sampling(tmp_path):
     assert len(table.splitlines()) == 5 and (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_method_with_another_sampler_is_held_against_plain_sampling_with_that(tmp_path):
     table = compare.compare(FILE, ["best_of_n", "best_of_n_still"], [16], tmp_path, sizes={"num_prompts": 2, "samples": 1})
     still = json.loads((tmp_path / "best_of_n_still.json").read_text())

@@ -41,7 +41,8 @@ def strict(text):
     return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 
-@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_a_run_is_judged_and_reported_without_unknown_numbers(kind, tmp_path):
     """The trap: one watched prompt has no interval over prompts, and its bounds were written as NaN."""
     (tmp_path / "scorers").mkdir()

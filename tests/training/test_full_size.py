@@ -25,7 +25,7 @@ def module(name):
 
 
 CONFIGS = {name: module(name) for name in full_size.UNETS}
-QUICK = {("sd15", "ddpo_compressibility"), ("sd21", "ddpo_aesthetic")}
+QUICK = {("sd15", "ddpo_compressibility")}
 CASES = [pytest.param(name, argument, marks=() if (name, argument) in QUICK else pytest.mark.slow)
          for name, loaded in CONFIGS.items() for argument in loaded.ARGUMENTS]  # fmt: skip
 

@@ -37,6 +37,14 @@ def start(workdir, steps, *more):
     return ["train", "--config=configs/critters.py:default", f"--workdir={workdir}", f"--config.steps={steps}", *SMALL, *more]
 
 
+def toy(workdir, steps):
+    """The same with a model of nine numbers and without the evaluation: for what is about processes and files."""
+    return ["train", f"--config=tests/toy_config.py:plain{steps}", f"--workdir={workdir}"]
+
+
+TOY = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """One finished run of six steps."""
@@ -65,22 +73,25 @@ def test_a_run_leaves_its_folder_and_says_first_what_will_happen(run):
     assert "<img" in page and "src=\"http" not in page
 
 
-def test_a_run_is_resumed_by_the_same_command_and_a_terminated_one_ends_the_same(run, tmp_path):
+def test_a_run_is_resumed_by_the_same_command_and_a_terminated_one_ends_the_same(tmp_path):
     """SIGTERM in the middle: a checkpoint, exit 75; the same command then gives the arrays of the uninterrupted run."""
-    command = [sys.executable, "-m", "alignment_jax", *start(tmp_path / "w", 6)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "alignment_jax", *toy(tmp_path / "w", 16)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=TOY)
     log = tmp_path / "w" / "metrics.jsonl"
     deadline = time.time() + 240
-    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 1):
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 75, said[-2000:]
-    cli(*start(tmp_path / "w", 6))
-    a, b = (weights.load(folder / "trained.safetensors") for folder in (run[0], tmp_path / "w"))
+    stopped_at = Checkpointer(tmp_path / "w").steps()[-1]
+    assert 3 <= stopped_at < 16
+    for name in ("w", "straight"):
+        cli(*toy(tmp_path / name, 16), env=TOY)
+    a, b = (weights.load(tmp_path / name / "trained.safetensors") for name in ("straight", "w"))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 6
+    assert steps == sorted(set(steps)) and steps[-1] == 16
 
 
 def test_a_truncated_checkpoint_says_what_to_do(run, tmp_path):
@@ -152,7 +163,7 @@ def test_a_host_reward_of_ones_own_trains(tmp_path):
 
 
 def test_ctrl_c_saves_and_ends_quietly(tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "alignment_jax", *start(tmp_path / "w", 500)], cwd=ROOT,
+    process = subprocess.Popen([sys.executable, "-m", "alignment_jax", *toy(tmp_path / "w", 500)], cwd=ROOT, env=TOY,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     log = tmp_path / "w" / "metrics.jsonl"
     deadline = time.time() + 240
@@ -165,23 +176,23 @@ def test_ctrl_c_saves_and_ends_quietly(tmp_path):
 
 
 def test_a_full_disk_at_a_save_keeps_the_previous_checkpoint(tmp_path):
-    """Files may not grow past 20 kB once the first checkpoint is there: the second fails as on a full disk."""
+    """Files may not grow past 100 bytes once the first checkpoint is there: the second fails as on a full disk."""
     code = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from alignment_jax.training import loop
 save, saved = loop.save, []
 def once(*a):
-    if saved: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    if saved: resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
     save(*a); saved.append(1)
 loop.save = once
 from alignment_jax.cli import main
 main(sys.argv)
 """
-    done = subprocess.run([sys.executable, "-c", code, *start(tmp_path / "w", 6)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code, *toy(tmp_path / "w", 6)], capture_output=True, text=True, cwd=ROOT, env=TOY)
     said = next((line for line in done.stderr.splitlines() if line.startswith("error:")), "")  # amid orbax's own warnings
     assert done.returncode == 2 and "checkpoint 4 could not be written" in said and "Step 2 is kept" in said, done.stderr[-2000:]
-    cli(*start(tmp_path / "w", 6))  # with space again, the same command goes on
+    cli(*toy(tmp_path / "w", 6), env=TOY)  # with space again, the same command goes on
     assert Checkpointer(tmp_path / "w").steps()[-1] == 6
 
 
