@@ -249,6 +249,8 @@ def advice(config: Any, found: dict[str, Any]) -> list[str]:
          f"become about {amount(less)}"),
         (hbm["parameters"] / 2, options.get("param_dtype") == "float32" and bool(config.get("lora")), "model_options.param_dtype=bfloat16: "
          f"parameters of {amount(hbm['parameters'])} a chip become about half"),
+        (hbm["reward"] / 2, hbm["reward"] > 0.1 * hbm["total"] and "bfloat16" not in str(config.get("reward")), "a reward with "
+         f"'dtype': 'bfloat16' among its arguments, which the CLIP family takes: {amount(hbm['reward'])} a chip become about half"),
         (passing * 0.9, options.get("remat") is False and peak in ("gradient", "rollout", "anchor"), "model_options.remat=True: of "
          f"{peak}'s temporaries, {amount(passing)}, most is what a backward pass keeps"),
         (passing * (1 - 1 / each), each > 1, f"batch.microbatch={parts}, one sample a chip at a time: {peak}'s temporaries, "

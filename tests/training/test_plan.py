@@ -237,15 +237,18 @@ def test_pmap_and_batches_that_do_not_divide_are_refused_before_anything_compile
 
 
 def test_advice_names_what_is_largest_first():
-    hbm = dict.fromkeys(PARTS, 0) | {"parameters": 8 * 2**30, "optimizer": 16 * 2**30, "temporaries": 6 * 2**30, "total": 30 * 2**30,
-                                     "peak": "gradient"}  # fmt: skip
+    hbm = dict.fromkeys(PARTS, 0) | {"parameters": 8 * 2**30, "optimizer": 16 * 2**30, "temporaries": 6 * 2**30, "reward": 7 * 2**30,
+                                     "total": 37 * 2**30, "peak": "gradient"}  # fmt: skip
     found = {"hbm_per_chip_bytes": hbm, "mesh": {"dcn": 1, "data": 8, "fsdp": 1, "tensor": 1}, "chips": 8,
              "effective_batch": {"microbatch_per_chip": 2.0}}  # fmt: skip
-    c = ml_collections.ConfigDict({"model_options": {"remat": False, "param_dtype": "float32", "dtype": "bfloat16"}, "lora": {"rank": 4}})
+    c = ml_collections.ConfigDict({"model_options": {"remat": False, "param_dtype": "float32", "dtype": "bfloat16"}, "lora": {"rank": 4},
+                                   "reward": {"name": "pick_score", "weights": "x"}})
     lines = plan.advice(c, found)
     assert [line.split(":")[0].split("=")[0] for line in lines] == ["sharding.fsdp", "model_options.remat", "model_options.param_dtype",
-                                                                    "batch.microbatch"]  # fmt: skip
-    assert "24.00 GiB a chip, become about 3.00 GiB" in lines[0]
+                                                                    "a reward with 'dtype'", "batch.microbatch"]  # fmt: skip
+    assert "24.00 GiB a chip, become about 3.00 GiB" in lines[0] and "7.00 GiB a chip become about half" in lines[3]
+    c.reward.dtype = "bfloat16"
+    assert len(plan.advice(c, found)) == 4
 
 
 @pytest.mark.slow
