@@ -18,6 +18,7 @@ from alignment_jax.training import sharding
 
 TESTS = Path(__file__).parents[1]
 FORMS = list({entry.family: name for name, entry in reversed(ALGORITHMS.items())}.values())
+TO_THE_FROZEN = ("d3po", "spo", "lpo")  # their ratio is to the base, whose program is another: 1 to rounding, once
 LAYOUTS = {"data": {}, "fsdp": {"fsdp": 8, "data": 1}, "data, fsdp and tensor": {"data": 2, "fsdp": 2, "tensor": 2},
            "pmap": {"backend": "pmap"}}  # fmt: skip
 SCRIPT = """
@@ -57,11 +58,14 @@ def test_eight_devices_equal_one(kind, names):
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=TESTS.parent)
     assert done.returncode == 0, done.stderr[-2000:]
+    wrong = []
     for name, (ratio, cut, eight) in json.loads(done.stdout.strip().splitlines()[-1]).items():
-        assert ratio == 0.0, f"{name}: the ratio before the first update is off by {ratio}"
-        assert (cut > 4) == ("fsdp" in kind), f"{name}: {cut} arrays of the state are cut"
-        for a, b in zip(jax.tree.leaves(worlds.run_steps(name, 5, n=64)[2].trained), eight, strict=True):
-            np.testing.assert_allclose(np.ravel(a), b, atol=1e-5, err_msg=name)
+        one = worlds.run_steps(name, 5, n=64)[2].trained
+        apart = max(np.abs(np.ravel(a) - b).max() for a, b in zip(jax.tree.leaves(one), eight, strict=True))
+        if not (ratio <= 1e-6 * (name in TO_THE_FROZEN) and (cut > 4) == ("fsdp" in kind) and apart <= 1e-5):  # nan is none of it
+            wrong.append(f"{name}: the ratio before the first update is off by {ratio}, {cut} arrays of the state are cut, "
+                         f"parameters differ by {apart}")  # fmt: skip
+    assert not wrong, "\n".join(wrong)
 
 
 def on(rules=(), **sizes):
