@@ -61,7 +61,7 @@ def test_eight_devices_equal_one(kind, names):
     wrong = []
     for name, (ratio, cut, eight) in json.loads(done.stdout.strip().splitlines()[-1]).items():
         one = worlds.run_steps(name, 5, n=64)[2].trained
-        apart = max(np.abs(np.ravel(a) - b).max() for a, b in zip(jax.tree.leaves(one), eight, strict=True))
+        apart = np.max([np.abs(np.ravel(a) - b).max() for a, b in zip(jax.tree.leaves(one), eight, strict=True)])
         if not (ratio <= 1e-6 * (name in TO_THE_FROZEN) and (cut > 4) == ("fsdp" in kind) and apart <= 1e-5):  # nan is none of it
             wrong.append(f"{name}: the ratio before the first update is off by {ratio}, {cut} arrays of the state are cut, "
                          f"parameters differ by {apart}")  # fmt: skip
