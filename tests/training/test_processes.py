@@ -1,58 +1,30 @@
 """Several processes are one run: equal results, resumed by any number of them, and whoever is missing or differs is named."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+import several
 from safetensors.numpy import load_file
+from several import ended
 
 from alignment_jax.training import distributed
-
-TESTS = Path(__file__).parents[1]
-STARTED: list[subprocess.Popen] = []
 
 
 @pytest.fixture(autouse=True)
 def none_is_left():
     """A test that fails leaves no process that trains on."""
     yield
-    while STARTED:
-        STARTED.pop().kill()
+    several.stop_all()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def start(workdir, count, *more, devices=1, steps="plain5", port=None, patience=60, only=None):
-    """The processes of one run of the toy, each with so many devices."""
-    port, started = port or free_port(), []
-    for i in range(count) if only is None else only:
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS), "ALIGNMENT_JAX_PATIENCE": str(patience),
-               "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}  # fmt: skip
-        if count > 1:
-            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
-        command = [sys.executable, "-m", "alignment_jax", "train", f"--config=tests/toy_config.py:{steps}", f"--workdir={workdir}"]
-        own = more[i] if more and isinstance(more[0], list) else list(more)
-        started.append(subprocess.Popen([*command, *own], env=env, cwd=TESTS.parent, text=True, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT))  # fmt: skip
-    STARTED.extend(started)
-    return started
-
-
-def ended(processes, timeout=240):
-    """(exit codes, what they said)."""
-    said = [p.communicate(timeout=timeout)[0] for p in processes]
-    return [p.returncode for p in processes], said
+def start(workdir, count, *more, steps="plain5", patience=60, **kwargs):
+    """The processes of one run of the toy; more: flags, or a list of them for each process."""
+    command = ["-m", "alignment_jax", "train", f"--config=tests/toy_config.py:{steps}", f"--workdir={workdir}"]
+    commands = [[*command, *(more[i] if more and isinstance(more[0], list) else more)] for i in range(count)]
+    return several.start(commands, ALIGNMENT_JAX_PATIENCE=str(patience), **kwargs)
 
 
 def trained(workdir):
