@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..data import prompts as prompt_files
 from ..rewards import Reward, columns
-from . import build, sharding
+from . import build, sharding, stream
 from .programs import build as compile_programs
 from .programs import learned
 
@@ -46,7 +46,7 @@ def one_step(config: Any, reward: Reward | None = None, on: sharding.Layout | No
     parts = build.planned(config, bundle, params, reward, shards).parts
     programs = compile_programs(parts) if on is None else sharding.programs(on, parts)
     needs = parts.algorithm.needs
-    prompts, group, size = build.batch_sizes(config, shards)
+    prompts, group, size = stream.batch_sizes(config, shards)
     n = prompts * group
     rows, fixed, keys = partial(_rows, on), partial(_fixed, on), lambda n: _fixed(on, _keys(n))
     out: dict[str, Program] = {}

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run. Everything a user can get wrong is found here, before anything compiles."""
+"""From a config to the parts of a run, before anything compiles."""
 
 from __future__ import annotations
 
@@ -18,28 +18,21 @@ from ..algorithms import ALGORITHMS
 from ..algorithms.aggregate import aggregated
 from ..algorithms.base import Algorithm
 from ..data import prompts as prompt_files
-from ..data.pairs import FORMS, ArrayPairs
-from ..data.pairs_dataset import pair_data
-from ..data.sources import Source, label_source, list_source, pair_source, prompt_source
+from ..data.sources import Source
 from ..diffusion import NoiseSchedule, Sampler, sampling_grid, scheduler
 from ..models import MODELS, stable_diffusion
 from ..models.bundle import ModelBundle
-from ..models.lora import unreached
 from ..rewards import REWARDS, columns
 from ..rewards.base import Reward
 from ..rewards.combine import weighted
 from ..weights import files as weight_files
-from . import sharding, steering
+from . import fit, sharding, steering, stream
 from .names import call, named, nearest
 from .optimizer import optimizer
-from .precompute import latent_source
 from .programs import Guidance, Parts
 from .state import full_partition, lora_partition
 
 Tree = Any
-NOISY = ("What fits: {'name': 'trained', 'folder': ...} of a train-reward run with reads='noisy' (configs/critters_reward.py:noisy), or "
-         "your own Reward with noisy=True; spo judges steps by pictures")  # fmt: skip
-
 
 class Plan(NamedTuple):
     """What follows from a config and the shapes of its parameters: parts, the sampler, the learning rate."""
@@ -189,132 +182,21 @@ def _interval(share: Any, schedule: NoiseSchedule) -> tuple[float, float] | None
     return None if (low, high) == (0, 1) else (low * whole, high * whole)
 
 
-def batch_sizes(config: Any, shards: int | None = None) -> tuple[int, int, int]:
-    """(prompts, group, microbatch) of config.batch; the product of the first two is cut into microbatches, these over `shards`.
-
-    shards: default those of config.sharding on the devices at hand.
-    """
-    prompts, group = int(config.batch.prompts), int(config.batch.get("group", 1))
-    micro = int(config.batch.get("microbatch", 0)) or prompts * group
-    shards = sharding.shards(sharding.layout(config.get("sharding", {})).mesh) if shards is None else shards
-    if min(prompts, group, micro) < 1:
-        raise ValueError(f"batch sizes must be at least 1; got prompts {prompts}, group {group}, microbatch {micro}")
-    if (prompts * group) % shards or micro % shards:
-        up = -(-micro // shards) * shards
-        raise ValueError(f"batch of {prompts} prompts x {group} samples in microbatches of {micro} does not divide over "
-                         f"{shards} parts (devices but for those of `tensor`); the nearest microbatch is {up}, the nearest number of "
-                         f"prompts {-(-prompts * group // shards) * shards // group or 1}")  # fmt: skip
-    return prompts, group, micro
-
-
-def data_source(config: Any, needs: str, bundle: ModelBundle, reward: Reward | None, shape: tuple[int, ...]) -> Source:
-    """The stream of batches of config.data that the algorithm needs; pictures must be of the model's shape.
-
-    data: prompts; or labels and its factory's arguments; or pairs and data_dir; or lists (and length, their K); drop, the share
-    of empty prompts. latents, a folder of `precompute`, stands in for labels and pairs. reward: what scores the rollout, if
-    anything does.
-    """
-    prompts, group, _ = batch_sizes(config)
-    data = dict(config.get("data", {}))
-    seed, shard = int(config.seed), (jax.process_index(), jax.process_count())
-    per_process = prompts // jax.process_count()
-    latents = data.pop("latents", "")
-    if latents and needs == "lists":
-        raise ValueError("ranked lists have no precomputed latents yet; leave data.latents empty and set config.data.lists")
-    if latents and needs != "prompts" and reward is not None:
-        raise ValueError(f"this method's reward {reward.name!r} scores new pictures of the captions, which data.latents does not hold; "
-                         "leave it empty and set config.data.labels")  # fmt: skip
-    if latents and needs != "prompts":
-        holds = ("winner", "loser") if needs == "pairs" else ("x0",)
-        return latent_source(latents, batch=per_process * group, seed=seed, drop=float(data.get("drop", 0.0)), shard=shard,
-                             holds=holds, shape=bundle.sample_shape)  # fmt: skip
-    if needs == "prompts":
-        texts = prompt_files.load(data.pop("prompts", "critters:train"))
-        _no_more(data)
-        encode = reward.encode if reward else None
-        return prompt_source(texts, bundle.tokenize, encode, prompts_per_batch=per_process, group=group, seed=seed,
-                             shard=shard)  # fmt: skip
-    if needs in ("labels", "desirable"):
-        arrays = named(data.pop("labels"), prompt_files.LABELS, "data.labels")
-        images, captions, *marks = arrays(**{k: data.pop(k) for k in list(data) if k not in ("drop",)})
-        _check_pictures(images, shape, "data.labels")
-        return label_source(images, captions, bundle.tokenize, batch=per_process * group, seed=seed,
-                            drop=float(data.pop("drop", 0.0)), shard=shard, encode=reward.encode if reward else None,
-                            desirable=prompt_files.both_kinds(*marks or [None]) if needs == "desirable" else None)  # fmt: skip
-    if needs == "lists":
-        lists, drop = _lists(data, shape), float(data.pop("drop", 0.0))
-        _no_more(data)
-        return list_source(lists, bundle.tokenize, batch=per_process * group, seed=seed, drop=drop, shard=shard)
-    pairs, drop = _pairs(data, shape), float(data.pop("drop", 0.0))
-    _no_more(data)
-    return pair_source(pairs, bundle.tokenize, (shape[0], shape[1]), batch=per_process * group, seed=seed, drop=drop,
-                       shard=shard)  # fmt: skip
-
-
-def _lists(data: dict[str, Any], shape: tuple[int, ...]) -> Any:
-    """The arrays of data.lists, taken out of data; data.length, if given, is their K."""
-    if "lists" not in data:
-        raise ValueError("this method learns from ranked lists; set config.data.lists to an .npz with list, score and prompts")
-    lists, length = prompt_files.load_lists(str(data.pop("lists"))), data.pop("length", None)
-    n, k = lists["list"].shape[:2]
-    if length not in (None, k):
-        raise ValueError(f"config.data.length is {length}, and the lists of config.data.lists hold {k} pictures each")
-    _check_pictures(lists["list"].reshape(n * k, *lists["list"].shape[2:]), shape, "data.lists")
-    return lists
-
-
-def _pairs(data: dict[str, Any], shape: tuple[int, ...]) -> Any:
-    """The records of data.pairs, taken out of data: an .npz in memory, anything else prepared in data.data_dir."""
-    if "pairs" not in data:
-        raise ValueError(f"this method learns from preference pairs; set config.data.pairs to {FORMS}")
-    source = str(data.pop("pairs"))
-    if not source.endswith(".npz"):
-        return pair_data(source, data.pop("data_dir", "data_cache"))
-    arrays = prompt_files.load_pairs(source)
-    for side in ("winner", "loser"):
-        _check_pictures(arrays[side], shape, f"data.pairs, {side}")
-    return ArrayPairs(arrays)
-
-
-def _check_pictures(images: np.ndarray, shape: tuple[int, ...], where: str) -> None:
-    if images.dtype != np.uint8 or images.shape[1:] != shape:
-        raise ValueError(f"{where}: pictures must be uint8 [N, {', '.join(map(str, shape))}] for this model; "
-                         f"got {images.dtype} {list(images.shape)}. Resize or convert them first.")  # fmt: skip
-
-
-def _no_more(data: dict[str, Any]) -> None:
-    if data:
-        raise ValueError(f"config.data has fields that this method does not read: {', '.join(data)}")
-
-
 def build_run(config: Any, on: sharding.Layout) -> Run:
     """Builds every part that the config names, on a layout. Raises ValueError, before compiling, for whatever does not fit."""
     bundle, params = model(config, on)
     plan = planned(config, bundle, params, reward(config))
     shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]
     needs = plan.parts.algorithm.needs
-    _check_scorers(config, plan.parts, on)
-    source = data_source(config, needs.data, bundle, plan.parts.reward if needs.reward else None, shape)
+    fit.scorers(config, plan.parts, on)
+    source = stream.source(config, needs.data, bundle, plan.parts.reward if needs.reward else None, shape)
     return Run(plan.parts, params, plan.sampler, source, plan.learning_rate)
 
 
-def _check_scorers(config: Any, parts: Parts, on: sharding.Layout) -> None:
-    """Raises ValueError where devices are set apart for scoring and the method, the reward or the microbatch does not allow for it."""
-    reward, size = parts.reward, batch_sizes(config)[2]
-    if on.scorers is None:
-        return
-    if reward is None or not reward.device or parts.algorithm.needs.reward != "value" or parts.redraw is not None:
-        asked = f"{reward.name if reward else 'no reward'}{' and config.rollout' if parts.redraw else ''}"
-        raise ValueError("sharding.scorers are devices that score finished pictures, for methods that ask for no more; "
-                         f"{config.method.name} with {asked} has none to score there. Leave it at 0")  # fmt: skip
-    if size % on.scorers.size:
-        raise ValueError(f"microbatches of {size} do not divide over {on.scorers.size} sharding.scorers")
-
-
 def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | None, shards: int | None = None) -> Plan:
-    """Everything but parameters and data; params may be shapes alone. shards: as in `batch_sizes`. Raises as `build_run` does."""
+    """Everything but parameters and data; params may be shapes alone. shards: as in `stream.batch_sizes`. Raises as `build_run` does."""
     sampler_, guidance = sampler(config, bundle)
-    _, group, _ = batch_sizes(config, shards)
+    _, group, _ = stream.batch_sizes(config, shards)
     method = dict(config.method)
     entry = named(method.pop("name"), ALGORITHMS, "method")
     factory = entry.factory if hasattr(entry, "factory") else entry
@@ -325,18 +207,9 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
         method["loss"] = _inner(method["loss"], **given)
         given["cond"] = jax.eval_shape(bundle.encode_text, params, jnp.asarray(bundle.tokenize([""])))
     algorithm = call(factory, method, "method", sampler=sampler_, **given)
-    if algorithm.needs.reward and reward_ is None:
-        choices = NOISY if algorithm.needs.reward == "state" else f"Set config.reward to one of {', '.join(REWARDS)}"
-        raise ValueError(f"method {config.method.name} needs a reward. {choices}")
-    if algorithm.needs.reward == "gradient" and reward_ is not None and not reward_.differentiable:
-        fits = [n for n, e in ALGORITHMS.items() if n != config.method.name and not _needs_gradient(e)]
-        raise ValueError(f"method {config.method.name} takes gradients of the reward, and {reward_.name!r} has none; "
-                         f"use a differentiable reward, or one of the methods {', '.join(fits)}")  # fmt: skip
+    fit.reward(config, algorithm, reward_)
     if reward_ is not None and algorithm.needs.reward:
         algorithm = _one_of_several(config, algorithm, reward_, sampler=sampler_, shape=bundle.sample_shape, size=group)
-    if algorithm.needs.reward in ("step", "state") and reward_ is not None and not reward_.device:
-        raise ValueError(f"method {config.method.name} judges states inside the rollout, on the device, and {reward_.name!r} runs on the "
-                         "host; use a device reward, or a method that scores whole pictures: d3po, online, ddpo")  # fmt: skip
     redraw = _redraw(config, algorithm, bundle, sampler_, guidance, reward_)
     settings = dict(config.optimizer)
     ema = float(settings.pop("ema", 0.0))
@@ -345,15 +218,8 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
     partition = call(lora_partition, lora, "lora") if lora else full_partition(config.get("trainable", "unet"))
     trained = jax.eval_shape(lambda p: partition.init(jax.random.key(0), p)[0], params)
     trains_text = any(name.startswith("text") for name in trained)
-    if lora and ":" in config.model and not Path(config.model).exists():  # a user's own model need not be made of flax layers
-        tokens = jnp.asarray(bundle.tokenize([""]))
-        cond = {"tokens": tokens} if trains_text else jax.eval_shape(bundle.encode_text, params, tokens)
-        x = jnp.zeros((1, *bundle.sample_shape))
-        missed = unreached(bundle.denoise, jax.eval_shape(partition.combine, trained, params), x, jnp.zeros(1), cond)
-        if missed:
-            raise ValueError(f"LoRA would not reach {', '.join(missed[:5])}{' and others' if len(missed) > 5 else ''}: no flax Dense or "
-                             f"Conv layer of {config.model} applies them. Narrow lora.targets, or train whole parameters "
-                             "(lora=None, config.trainable)")  # fmt: skip
+    if lora:
+        fit.lora(config, bundle, partition, trained, params)
     return Plan(Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text, redraw), sampler_, rate)
 
 
@@ -387,11 +253,6 @@ def _one_of_several(config: Any, algorithm: Algorithm, reward: Reward, **given: 
     """The method under config.aggregate where the reward has several columns; raises ValueError where the two do not fit."""
     spec, names = config.get("aggregate"), columns(reward)
     settings = dict(written(spec) or {})
-    if reward.noisy and algorithm.needs.reward not in ("step", "state"):
-        raise ValueError(f"{reward.name!r} scores noisy states; method {config.method.name} asks for scores of pictures. Methods that "
-                         "judge steps are spo and lpo")  # fmt: skip
-    if algorithm.needs.reward == "state" and not reward.noisy:
-        raise ValueError(f"method {config.method.name} judges the noisy states of the chain, and {reward.name!r} scores pictures. {NOISY}")
     if names and names == algorithm.needs.columns and not settings:
         return algorithm
     if bool(settings) != bool(names):
@@ -399,10 +260,6 @@ def _one_of_several(config: Any, algorithm: Algorithm, reward: Reward, **given: 
                          "config.aggregate = {'how': 'maxmin'}" if names else f"config.aggregate needs a reward of several columns, "
                          f"such as {{'name': 'several', 'rewards': [...]}}; {reward.name!r} has one")  # fmt: skip
     return call(aggregated, settings, "aggregate", algorithm=algorithm, names=names, **given) if names else algorithm
-
-
-def _needs_gradient(entry: Any) -> bool:
-    return entry.reward == "gradient"
 
 
 def frozen_tree(run: Run, programs: Any, frozen_params: Tree) -> Tree:

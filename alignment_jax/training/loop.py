@@ -18,7 +18,7 @@ from .. import weights
 from ..evaluation.over_optimisation import early_stop
 from ..evaluation.statistics import unflatten
 from ..rewards.check import probe, score_host, to_uint8
-from . import build, distributed, flops, sharding, step
+from . import build, distributed, flops, sharding, step, stream
 from .checkpoint import Checkpointer, save_json
 from .evaluate import Evaluator
 from .interrupt import PREEMPTED, Interrupt
@@ -59,7 +59,7 @@ def set_up(config: Any) -> tuple[Session, TrainState]:
     frozen = sharding.place(layout, frozen)
     state = programs.init(jax.random.fold_in(key, 1), sharding.place(layout, trained), frozen["null"])
     errors = config.get("reward_errors", "raise")
-    return Session(run, programs, layout, frozen, build.batch_sizes(config)[2], errors, scorer), state
+    return Session(run, programs, layout, frozen, stream.batch_sizes(config)[2], errors, scorer), state
 
 
 def device_batch(session: Session, batch: dict[str, Any]) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def averaged(state: TrainState) -> Tree:
 
 def announce(config: Any, session: Session, state: TrainState, steps: int) -> None:
     """The first lines of a run: what will happen."""
-    prompts, group, micro = build.batch_sizes(config)
+    prompts, group, micro = stream.batch_sizes(config)
     trained = sum(x.size for x in jax.tree.leaves(state.trained))
     total = sum(x.size for x in jax.tree.leaves(session.run.params))
     devices = jax.devices()

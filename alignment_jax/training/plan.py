@@ -19,7 +19,7 @@ import jax
 from ..models import stable_diffusion
 from ..platform import assumed
 from ..weights import files
-from . import abstract, build, distributed, hlo, sharding
+from . import abstract, distributed, hlo, sharding, stream
 from .checkpoint import save_json
 from .names import nearest
 
@@ -77,7 +77,7 @@ def plan(config: Any, topology: str = "", *, fresh: bool = False, say: Callable[
     on = sharding.layout(config.get("sharding", {}), devices)
     if on.backend != "jit":
         raise ValueError("only the jit backend can be compiled ahead of time; set sharding.backend to 'jit'")
-    sizes = build.batch_sizes(config, sharding.shards(on.mesh))
+    sizes = stream.batch_sizes(config, sharding.shards(on.mesh))
     path = Path(kept or Path(CACHE).expanduser() / f"{key(config, topology, devices)}.json")
     done = json.loads(path.read_text()) if path.exists() and not fresh else {"programs": {}}
     if done.get("names") != list(done["programs"]):

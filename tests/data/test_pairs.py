@@ -19,7 +19,7 @@ from alignment_jax.data.prompts import folder as labelled_folder
 from alignment_jax.data.prompts import load_pairs
 from alignment_jax.data.sources import pair_source
 from alignment_jax.models import critters
-from alignment_jax.training import build
+from alignment_jax.training import stream
 
 
 def encoded(colour, size=(24, 16), mode="RGB", form="PNG"):
@@ -282,17 +282,17 @@ def test_a_config_names_any_source_and_a_failed_one_leaves_nothing_behind(tmp_pa
     data = {"pairs": str(tmp_path), "data_dir": str(tmp_path / "cache")}
     config = ml_collections.ConfigDict({"seed": 0, "batch": {"prompts": 4}, "data": data})
     with pytest.raises(FileNotFoundError, match="pairs.jsonl, row 1, image_b: no image at"):
-        build.data_source(config, "pairs", critters(), None, (32, 32, 3))
+        stream.source(config, "pairs", critters(), None, (32, 32, 3))
     pictures_in(tmp_path, "0.png", "1.png")
-    batch = next(build.data_source(config, "pairs", critters(), None, (32, 32, 3)))
+    batch = next(stream.source(config, "pairs", critters(), None, (32, 32, 3)))
     assert batch["winner"].shape == (4, 32, 32, 3) and batch["winner"][0, 0, 0].argmax() == 2  # b, the blue one
     assert set(batch) == {"winner", "loser", "tokens", "preference", "weight", "prompt_id"}
     config.data = {"pairs": str(tmp_path), "data_dri": "x"}
     with pytest.raises(ValueError, match="does not read: data_dri"):
-        build.data_source(config, "pairs", critters(), None, (32, 32, 3))
+        stream.source(config, "pairs", critters(), None, (32, 32, 3))
     config.data = {}
     with pytest.raises(ValueError, match="set config.data.pairs to an .npz"):
-        build.data_source(config, "pairs", critters(), None, (32, 32, 3))
+        stream.source(config, "pairs", critters(), None, (32, 32, 3))
 
 
 def test_a_labelled_folder_reads_back_and_names_its_bad_rows(tmp_path):

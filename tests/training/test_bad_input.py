@@ -10,7 +10,7 @@ from alignment_jax import weights
 from alignment_jax.models import ASSETS, critters
 from alignment_jax.rewards.base import Reward
 from alignment_jax.rewards.check import probe, score_host
-from alignment_jax.training import build, loop, workdir
+from alignment_jax.training import loop, stream, workdir
 from alignment_jax.training.selfcheck import tiny_config
 
 
@@ -72,7 +72,7 @@ def test_a_workdir_in_a_bucket_is_refused_and_not_made_a_local_folder():
 
 def test_a_batch_that_does_not_divide_names_the_nearest():
     with pytest.raises(ValueError, match="does not divide over 8 parts .* the nearest microbatch is 16"):
-        build.batch_sizes(ml_collections.ConfigDict({"batch": {"prompts": 12, "group": 1}}), 8)
+        stream.batch_sizes(ml_collections.ConfigDict({"batch": {"prompts": 12, "group": 1}}), 8)
 
 
 def test_prompts_too_long_for_the_text_tower_are_named():
