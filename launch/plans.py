@@ -10,7 +10,6 @@ import json
 import os
 import runpy
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -84,10 +83,10 @@ def main(words: list[str]) -> None:
     from alignment_jax.training import plan
 
     PLANS.mkdir(parents=True, exist_ok=True)
-    root = Path(tempfile.gettempdir()) / "alignment_jax_full_size"  # always the same place: a stopped plan is found again
     if "--table" not in words:
         import full_size
 
+        root = full_size.FOLDER
         full_size.write_all(root)
         for name in names():
             path = PLANS / f"{name.replace(':', '_')}.json"

@@ -1,12 +1,15 @@
 """Folders of full-size models and scorers without their weights: what plans and tests of shapes need."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import tiny_sd
 from parity.common import FIXTURES
 from safetensors.numpy import save_file
 
+FOLDER = Path(tempfile.gettempdir()) / "alignment_jax_full_size"  # always the same: what was stopped is found again
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
         "down_block_types": [CROSS_DOWN] * 3 + ["DownBlock2D"], "up_block_types": ["UpBlock2D"] + [CROSS_UP] * 3,

@@ -8,7 +8,6 @@ Bytes are those of the whole arrays that collectives work on, counted in the opt
 import os
 import runpy
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +25,7 @@ def main(words: list[str]) -> None:
     from alignment_jax.training import plan
 
     plans = runpy.run_path(str(ROOT / "launch" / "plans.py"))
-    root = Path(tempfile.gettempdir()) / "alignment_jax_full_size"
+    root = full_size.FOLDER
     full_size.write_all(root)
     print("| trained | mesh | parameters and optimiser GiB | temporaries GiB | " + " | ".join(f"{kind} GB" for kind in KINDS) + " |")
     print("| --- " * (4 + len(KINDS)) + "|", flush=True)
