@@ -22,7 +22,8 @@ if [ "${1:-}" = --in_job ]; then  # sbatch runs this same file on the first node
   trap 'late=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1  # to the steps, not to this shell
   trap 'told=1' TERM                                         # preemption and scancel: the steps have got it too
   srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m alignment_jax "$@" & step=$!
-  while true; do code=0; wait "$step" || code=$?; kill -0 "$step" 2>/dev/null || break; done
+  while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # a signal interrupts a wait
+  code=0; wait "$step" || code=$?
   # a preempted job that ends before Slurm kills it counts as complete and is not put back; so it waits for that
   if [ -n "$told" ]; then sleep "${KILL_WAIT:-600}" & wait; fi
   if [ -n "$late" ]; then scontrol requeue "$SLURM_JOB_ID"; fi

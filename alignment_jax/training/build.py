@@ -184,6 +184,7 @@ def _interval(share: Any, schedule: NoiseSchedule) -> tuple[float, float] | None
 
 def build_run(config: Any, on: sharding.Layout) -> Run:
     """Builds every part that the config names, on a layout. Raises ValueError, before compiling, for whatever does not fit."""
+    fit.processes(config, on)
     bundle, params = model(config, on)
     plan = planned(config, bundle, params, reward(config))
     shape = jax.eval_shape(bundle.decode, params, jax.ShapeDtypeStruct((1, *bundle.sample_shape), np.float32)).shape[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,25 @@ def lora(config: Any, bundle: ModelBundle, partition: Partition, trained: Tree, 
         raise ValueError(f"LoRA would not reach {', '.join(missed[:5])}{' and others' if len(missed) > 5 else ''}: no flax Dense or "
                          f"Conv layer of {config.model} applies them. Narrow lora.targets, or train whole parameters "
                          "(lora=None, config.trainable)")  # fmt: skip
+
+
+def processes(config: Any, on: sharding.Layout) -> None:
+    """Raises ValueError where several processes cannot each bring whole prompts of their own to the parts of the batch they hold."""
+    parts = on.mesh.devices.reshape(sharding.shards(on.mesh), -1)
+    owners = [sorted({device.process_index for device in part}) for part in parts]
+    count = len({device.process_index for device in on.mesh.devices.flat})
+    prompts, group, _ = stream.batch_sizes(config, len(parts))
+    shared = next((who for who in owners if len(who) > 1), None)
+    if shared:
+        raise ValueError(f"sharding.tensor {on.mesh.shape['tensor']} lays one part of the batch on devices of the processes {shared}, each "
+                         "of which reads prompts of its own. Choose a smaller tensor (1 always fits) and a larger fsdp")  # fmt: skip
+    if prompts % count:
+        raise ValueError(f"batch.prompts {prompts} does not divide over {count} processes; the nearest is {-(-prompts // count) * count}")
+    runs = 1 + sum(a != b for a, b in pairwise(owners))
+    if group > 1 and prompts % len(parts) and runs > count:  # the mesh follows the links between chips, not the hosts
+        raise ValueError(f"batch.prompts {prompts} x group {group} on {len(parts)} parts would cut a prompt's group in two, and this mesh "
+                         "lays neighbouring parts on different hosts, so that samples would be judged against other prompts; the nearest "
+                         f"number of prompts is {-(-prompts // len(parts)) * len(parts)}")  # fmt: skip
 
 
 def scorers(config: Any, parts: Parts, on: sharding.Layout) -> None:

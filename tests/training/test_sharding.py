@@ -1,10 +1,13 @@
 """One device, eight, cut in every way, two processes, and pmap: the same parameters after five steps of every method."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 import several
@@ -12,7 +15,7 @@ import worlds
 from jax.sharding import AbstractMesh
 
 from alignment_jax.algorithms import ALGORITHMS
-from alignment_jax.training import sharding
+from alignment_jax.training import fit, sharding
 
 TESTS = Path(__file__).parents[1]
 FORMS = list({entry.family: name for name, entry in reversed(ALGORITHMS.items())}.values())
@@ -123,3 +126,18 @@ def test_an_unknown_backend_and_pmap_with_cut_parameters_are_refused():
         sharding.layout({"backend": "pjit"})
     with pytest.raises(ValueError, match="1 rules"):
         sharding.layout({"backend": "pmap", "rules": (("kernel", ("fsdp",)),)})
+
+
+@pytest.mark.parametrize(("hosts", "tensor", "prompts", "group", "says"), [
+    ([0, 1, 1, 0], 1, 2, 4, "cut a prompt's group in two.* nearest number of prompts is 4"), ([0, 1, 1, 0], 1, 4, 4, None),
+    ([1, 1, 0, 0], 1, 2, 4, None), ([0, 1, 1, 0], 1, 2, 2, "cut a prompt's group"), ([0, 1, 1, 0], 1, 4, 1, None),
+    ([0, 1, 0, 1], 2, 4, 1, r"tensor 2 lays one part of the batch on devices of the processes \[0, 1\]"),
+    ([0, 0, 1, 1], 2, 3, 2, "batch.prompts 3 does not divide over 2 processes; the nearest is 4"), ([0] * 4, 1, 1, 4, None),
+])  # fmt: skip
+def test_hosts_that_a_mesh_interleaves_mix_no_groups(hosts, tensor, prompts, group, says):
+    """The trap: on a v5e:4x4 the parts of process 0 are 0, 1, 6 and 15, and a half group would be standardised with other prompts."""
+    devices = np.array([SimpleNamespace(process_index=i) for i in hosts])
+    mesh = SimpleNamespace(devices=devices, size=4, shape={"dcn": 1, "data": 4 // tensor, "fsdp": 1, "tensor": tensor})
+    config = ml_collections.ConfigDict({"batch": {"prompts": prompts, "group": group}})
+    with pytest.raises(ValueError, match=says) if says else nullcontext():
+        fit.processes(config, sharding.Layout(mesh))
