@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(rest)
     except flags.Error as error:
         _fail(str(error))
-    except (ValueError, FileNotFoundError, AttributeError, KeyError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, FileNotFoundError, AttributeError, KeyError, FloatingPointError, OSError, ImportError,
+            MemoryError) as error:  # fmt: skip
         if os.environ.get("ALIGNMENT_JAX_DEBUG"):
             raise
         _fail(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
@@ -98,9 +99,16 @@ def train(rest: Sequence[str]) -> None:
 
         recogniser.train(config, FLAGS.workdir)
         return
-    from .training import loop
+    import jax
 
-    loop.train(config, FLAGS.workdir, _steps(FLAGS.profile) if FLAGS.profile else None)
+    from .training import loop, plan
+
+    try:
+        loop.train(config, FLAGS.workdir, _steps(FLAGS.profile) if FLAGS.profile else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(plan.out_of_memory(config, str(error))) from error
     report = Path(FLAGS.workdir) / "report.html"
     if report.exists():
         print(f"report: {report}")

@@ -8,12 +8,16 @@ import os
 import platform
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .checkpoint import plain
 
@@ -111,7 +115,10 @@ def _health(workdir: Path, least: float = 1.0) -> dict[str, str]:
 
 
 def preflight(mine: Mapping[str, Any], skew: float = 30.0, patience: float = PATIENCE) -> list[dict[str, Any]]:
-    """Compares the `facts` of all processes; returns them. Raises ValueError naming the hosts that differ or are sick."""
+    """Compares the `facts` of all processes, and sums over all devices once; returns the facts.
+
+    Raises ValueError naming the hosts that differ or are sick, TimeoutError naming those whose devices do not answer.
+    """
     everyone = [json.loads(word) for word in together("preflight", json.dumps(dict(mine)), patience)]
     wrong = [f"process {i} ({e['host']}): {e['sick']}" for i, e in enumerate(everyone) if "sick" in e]
     for name in ("config", "code", "python", "jax", "flax", "optax", "devices"):
@@ -122,4 +129,32 @@ def preflight(mine: Mapping[str, Any], skew: float = 30.0, patience: float = PAT
               for i, e in enumerate(everyone) if abs(e["clock"] - clocks[len(clocks) // 2]) > skew + patience]  # fmt: skip
     if wrong:
         raise ValueError("the hosts are not alike:\n  " + "\n  ".join(wrong))
+    words = together("sum over all devices", _summed_within(patience), 2 * patience)
+    stuck = [f"process {i} ({e['host']}): {word}" for i, (e, word) in enumerate(zip(everyone, words, strict=True)) if word != "well"]
+    if stuck:
+        raise TimeoutError("one sum over all devices did not come through; look at these hosts' devices and links:\n  "
+                           + "\n  ".join(stuck))  # fmt: skip
     return everyone
+
+
+def _summed_within(patience: float) -> str:
+    """ "well" if the sum of a one from each device came in time and is right, else what was seen."""
+    found: list[str] = []
+
+    def reduce() -> None:
+        try:
+            total, count = _sum_of_ones(), jax.device_count()
+            found.append("well" if total == count else f"the sum of {count} ones was {total:g}")
+        except Exception as error:  # of whatever kind: the other hosts are to hear of it
+            found.append(f"{type(error).__name__}: {error}".splitlines()[0])
+
+    thread = threading.Thread(target=reduce, daemon=True)  # a collective that hangs hears no signal
+    thread.start()
+    thread.join(patience)
+    return found[0] if found else f"no sum within {patience:g} s"
+
+
+def _sum_of_ones() -> float:
+    mesh = Mesh(np.asarray(jax.devices()), "all")
+    ones = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, PartitionSpec("all")), lambda index: np.ones(1, np.float32))
+    return float(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones))

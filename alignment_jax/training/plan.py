@@ -229,6 +229,22 @@ def result(config: Any, topology: str, chip: Chip | None, on: sharding.Layout, s
     return out | {"advice": [] if out["fits"] is not False else advice(config, out)}
 
 
+def out_of_memory(config: Any, said: str) -> str:
+    """What a run is told whose devices ran out of memory: what to change, with the figures of its plan where one is kept."""
+    path = Path(CACHE).expanduser() / f"{key(config, '', jax.devices())}.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    if done and done.get("names") == list(done["programs"]):
+        found = plan(config)
+        hbm = found["hbm_per_chip_bytes"]
+        figures = f"its plan: {amount(hbm['total'])} a device, of which {amount(hbm['temporaries'])} temporaries of {hbm['peak']}"
+        ways = advice(config, found)
+    else:
+        figures = "python -m alignment_jax plan with this --config says how much each part takes, and what a change would save"
+        ways = ["a smaller batch.microbatch: as many samples at a time as there are devices, at least", "model_options.remat=True",
+                "model_options.dtype=bfloat16, and with LoRA param_dtype=bfloat16", "sharding.fsdp over more devices"]  # fmt: skip
+    return f"the devices ran out of memory: {said.splitlines()[0]}\n{figures}\nTry:\n  " + "\n  ".join(ways)
+
+
 def memory_of(devices: Any) -> int | None:
     """Bytes of a device's memory; of a CPU's, an equal share of the host's; None where nobody says."""
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")

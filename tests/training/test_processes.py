@@ -125,3 +125,15 @@ def test_the_host_that_differs_or_is_sick_is_named(monkeypatch, change, says):
     monkeypatch.setattr(distributed, "together", lambda name, word, patience: [json.dumps(f) for f in everyone])
     with pytest.raises(ValueError, match=says):
         distributed.preflight(FACTS)
+
+
+def test_a_host_whose_devices_do_not_answer_is_named_in_time(monkeypatch):
+    words = {"preflight": [json.dumps(FACTS), json.dumps({**FACTS, "host": "b"})]}
+    monkeypatch.setattr(distributed, "together", lambda name, word, patience: words.get(name, ["well", word]))
+    assert len(distributed.preflight(FACTS)) == 2
+    monkeypatch.setattr(distributed, "_sum_of_ones", lambda: time.sleep(5))
+    with pytest.raises(TimeoutError, match=r"process 1 \(b\): no sum within 0.2 s"):
+        distributed.preflight(FACTS, patience=0.2)
+    monkeypatch.setattr(distributed, "_sum_of_ones", lambda: 0.5)
+    with pytest.raises(TimeoutError, match=r"process 1 \(b\): the sum of \d ones was 0.5"):
+        distributed.preflight(FACTS)
