@@ -7,11 +7,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import ml_collections
 import pytest
 
-from alignment_jax.training import hlo, plan
+from alignment_jax import cli
+from alignment_jax.training import hlo, loop, plan
 
 TESTS = Path(__file__).parents[1]
 KEYS = {"fits", "topology", "chips", "hbm_per_chip_bytes", "flops_per_chip", "bytes_accessed_per_chip", "collectives", "roofline_seconds",
@@ -216,6 +219,25 @@ def config(**changes):
     c = ml_collections.ConfigDict(runpy.run_path(str(TESTS / "toy_config.py"))["get_config"]("plain5"))
     c.update(changes)
     return c
+
+
+def test_out_of_memory_says_what_to_change_with_the_figures_of_the_plan(tmp_path, monkeypatch):
+    """The error that jax raises at a step, from the command to what a user reads; first without a plan, then with one."""
+    config = runpy.run_path(str(TESTS / "toy_config.py"))["get_config"]("plain5")
+
+    def train(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nand much more")
+
+    monkeypatch.setattr(cli, "FLAGS", SimpleNamespace(config=config, workdir=str(tmp_path / "run"), profile=""))
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(plan, "CACHE", str(tmp_path))
+    says = r"ran out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\n"
+    with pytest.raises(MemoryError, match=says + r".* alignment_jax plan with this --config .*\nTry:\n  a smaller batch.microbatch"):
+        cli.train([])
+    found = plan.plan(config)
+    total = plan.amount(found["hbm_per_chip_bytes"]["total"])
+    with pytest.raises(MemoryError, match=says + f"its plan: {total} a device.*\nTry:\n  batch.microbatch=1, one sample a chip at a time"):
+        cli.train([])
 
 
 def test_an_unknown_topology_names_the_nearest():
