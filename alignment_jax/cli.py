@@ -106,9 +106,11 @@ def train(rest: Sequence[str]) -> None:
     try:
         loop.train(config, FLAGS.workdir, _steps(FLAGS.profile) if FLAGS.profile else None)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise MemoryError(plan.out_of_memory(config, str(error))) from error
+        if jax.process_count() == 1:
             raise
-        raise MemoryError(plan.out_of_memory(config, str(error))) from error
+        _fail(distributed.lost(str(error)), 1)
     report = Path(FLAGS.workdir) / "report.html"
     if report.exists():
         print(f"report: {report}")

@@ -91,6 +91,20 @@ def fingerprints(config: Any) -> dict[str, str]:
     return {name: hashlib.sha256(text).hexdigest()[:12] for name, text in texts.items()}
 
 
+def lost(said: str, patience: float = PATIENCE / 3) -> str:
+    """What a process says whose step an error ended that may be another's: which of them do not answer any more, and what to do.
+
+    patience: shorter than the heartbeat's, at whose end jax ends this process too.
+    """
+    try:
+        together("after the error", patience=patience)
+        who = "all processes still answer; the logs of the others may say more"
+    except TimeoutError as error:
+        who = str(error)
+    return (f"a step was not finished: {said.splitlines()[0]}\n{who}\nStart all processes with the same command: the run goes on from its "
+            "last checkpoint.")  # fmt: skip
+
+
 def facts(config: Any, workdir: Path) -> dict[str, Any]:
     """What must be alike on every host (config, code, versions, devices), and what must be well on each (disk, clock)."""
     import flax
