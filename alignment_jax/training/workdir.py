@@ -10,13 +10,19 @@ from .checkpoint import plain, save_json
 
 
 def whose(workdir: Path, config: Any) -> None:
-    """Raises ValueError when the workdir holds a run of another config, saying what differs; where it runs may differ."""
+    """Raises ValueError when the workdir holds a run of another config, saying what differs; where it runs may differ, and so may
+    batch.microbatch, which has to divide over the devices."""
     path = workdir / "config.json"
     theirs, mine = json.loads(path.read_text()) if path.exists() else plain(config), plain(config)
-    differs = differences(theirs | {"sharding": {}}, mine | {"sharding": {}})
+    differs = differences(_unplaced(theirs), _unplaced(mine))
     if differs:
         raise ValueError(f"{workdir} holds a run of another config:\n  " + "\n  ".join(differs[:10])
                          + "\nChoose another --workdir, or delete that one.")  # fmt: skip
+
+
+def _unplaced(config: dict[str, Any]) -> dict[str, Any]:
+    batch = config.get("batch")
+    return config | {"sharding": {}, "batch": batch | {"microbatch": 0} if isinstance(batch, dict) else batch}
 
 
 def claim(workdir: Path, config: Any) -> None:

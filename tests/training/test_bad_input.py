@@ -136,3 +136,11 @@ def test_damaged_and_foreign_weights_are_refused_by_name(tmp_path):
         weights.load(tmp_path / "a.safetensors", {"net": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}})
     with pytest.raises(ValueError, match=r"wrong shape 1: net/kernel: \(2, 3\), wanted \(3, 3\)"):
         weights.load(tmp_path / "a.safetensors", {"net": {"kernel": np.ones((3, 3)), "bais": np.ones(3)}})
+
+
+def test_a_run_may_go_on_on_other_devices_with_the_microbatch_that_they_need_and_no_other_batch(tmp_path):
+    config = ml_collections.ConfigDict({"batch": {"prompts": 16, "microbatch": 8}, "sharding": {"data": 8}})
+    workdir.claim(tmp_path, config)
+    workdir.whose(tmp_path, ml_collections.ConfigDict({"batch": {"prompts": 16, "microbatch": 16}, "sharding": {"data": 16}}))
+    with pytest.raises(ValueError, match=r"config.batch.prompts: there 16, here 32"):
+        workdir.whose(tmp_path, ml_collections.ConfigDict({"batch": {"prompts": 32, "microbatch": 8}, "sharding": {"data": 8}}))
