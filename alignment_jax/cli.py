@@ -105,12 +105,12 @@ def train(rest: Sequence[str]) -> None:
 
     try:
         loop.train(config, FLAGS.workdir, _steps(FLAGS.profile) if FLAGS.profile else None)
-    except (jax.errors.JaxRuntimeError, ValueError, OSError) as error:  # as which a broken collective comes depends on where it was met
+    except (jax.errors.JaxRuntimeError, ValueError, OSError) as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise MemoryError(plan.out_of_memory(config, str(error))) from error
-        if jax.process_count() == 1 or not any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "peer")):
-            raise
-        _fail(distributed.lost(str(error)), 1)
+        if distributed.broken(str(error)):
+            _fail(distributed.lost(str(error)), 1)
+        raise
     report = Path(FLAGS.workdir) / "report.html"
     if report.exists():
         print(f"report: {report}")

@@ -220,7 +220,7 @@ def planned(config: Any, bundle: ModelBundle, params: Tree, reward_: Reward | No
     trained = jax.eval_shape(lambda p: partition.init(jax.random.key(0), p)[0], params)
     trains_text = any(name.startswith("text") for name in trained)
     if lora:
-        fit.lora(config, bundle, partition, trained, params)
+        fit.lora(config, bundle, partition, trained, params, trains_text)
     return Plan(Parts(bundle, algorithm, partition, tx, reward_, guidance, ema, trains_text, redraw), sampler_, rate)
 
 

@@ -91,6 +91,11 @@ def fingerprints(config: Any) -> dict[str, str]:
     return {name: hashlib.sha256(text).hexdigest()[:12] for name, text in texts.items()}
 
 
+def broken(said: str) -> bool:
+    """Whether an error of several processes is that of a collective; as what kind of error it comes depends on where it was met."""
+    return jax.process_count() > 1 and any(word in said for word in ("Gloo", "NCCL", "UNAVAILABLE", "heartbeat", "peer"))
+
+
 def lost(said: str, patience: float = PATIENCE / 3) -> str:
     """What a process says whose step an error ended that may be another's: which of them do not answer any more, and what to do.
 

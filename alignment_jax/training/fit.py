@@ -46,12 +46,11 @@ def reward(config: Any, algorithm: Algorithm, given: Reward | None) -> None:
                          "host; use a device reward, or a method that scores whole pictures: d3po, online, ddpo")  # fmt: skip
 
 
-def lora(config: Any, bundle: ModelBundle, partition: Partition, trained: Tree, params: Tree) -> None:
+def lora(config: Any, bundle: ModelBundle, partition: Partition, trained: Tree, params: Tree, trains_text: bool) -> None:
     """Raises ValueError where a user's own model applies arrays that LoRA trains without flax layers, which it cannot reach."""
     if ":" not in config.model or Path(config.model).exists():
         return
     tokens = jnp.asarray(bundle.tokenize([""]))
-    trains_text = any(name.startswith("text") for name in trained)
     cond = {"tokens": tokens} if trains_text else jax.eval_shape(bundle.encode_text, params, tokens)
     x = jnp.zeros((1, *bundle.sample_shape))
     missed = unreached(bundle.denoise, jax.eval_shape(partition.combine, trained, params), x, jnp.zeros(1), cond)
