@@ -1,4 +1,4 @@
-"""python -m alignment_jax {train, train-reward, plan, sample, evaluate, score, label, export, convert, list, selfcheck}."""
+"""python -m alignment_jax {train, train-reward, plan, preflight, sample, evaluate, score, label, export, convert, list, selfcheck}."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; a mistake of the user ends with one message and exit code 2, not with a traceback."""
+    """Runs one command; a mistake of the user ends with one message and exit code 2, a process that others waited for in vain with 1, and
+    neither with a traceback."""
     argv = list(sys.argv if argv is None else argv)
     commands = {"train": (_loop_flags, train), "train-reward": (_train_flags, train_reward),
-                "plan": (_plan_flags, plan), "sample": (_sample_flags, sample), "evaluate": (_evaluate_flags, evaluate),
-                "score": (_score_flags, score), "label": (_label_flags, label), "export": (_export_flags, export),
-                "convert": (_convert_flags, convert), "list": (_list_flags, list_),
+                "plan": (_plan_flags, plan), "preflight": (_train_flags, preflight), "sample": (_sample_flags, sample),
+                "evaluate": (_evaluate_flags, evaluate), "score": (_score_flags, score), "label": (_label_flags, label),
+                "export": (_export_flags, export), "convert": (_convert_flags, convert), "list": (_list_flags, list_),
                 "selfcheck": (_selfcheck_flags, selfcheck)}  # fmt: skip
     if len(argv) < 2 or argv[1] not in commands:
         asked = f"{argv[1]!r} is not a command. " if len(argv) > 1 and not argv[1].startswith("-") else ""
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except AttributeError as error:  # how ml_collections says that an override names no field
             said = str(error).strip('"').strip("'").replace("\\'", "'").replace("\\n", "\n")
             raise ValueError("the config has no field " + ". ".join(said.split("\n"))) from error
+        if argv[1] not in ("train", "preflight"):
+            _alone(argv[1])
         run(rest)
     except flags.Error as error:
         _fail(str(error))
@@ -44,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             MemoryError) as error:  # fmt: skip
         if os.environ.get("ALIGNMENT_JAX_DEBUG"):
             raise
-        _fail(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
+        again = isinstance(error, (TimeoutError, ConnectionError))  # it may go well next time, which a launcher sees by the code
+        _fail(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error), 1 if again else 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
@@ -52,6 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _fail(message: str, code: int = 2) -> None:
     print(f"error: {message}\n(ALIGNMENT_JAX_DEBUG=1 shows where)", file=sys.stderr)
     sys.exit(code)
+
+
+def _alone(command: str) -> None:
+    """Raises ValueError where this is one of several processes, each of which would do all of the work."""
+    from .training.distributed import place
+
+    me = place()
+    if me is not None and me.processes > 1:
+        raise ValueError(f"{command} is the work of one process, and this is process {me.number} of {me.processes}: each would do all of "
+                         "it and write the same files. Start it on one host, without a launcher")  # fmt: skip
 
 
 def _compilation_cache() -> None:
@@ -89,16 +103,18 @@ def train(rest: Sequence[str]) -> None:
     _no_more(rest)
     from .training import distributed
 
-    distributed.start()
-    _compilation_cache()
     config = FLAGS.config
     if config.get("kind") == "reward":
         raise ValueError(f"{config.name} describes a reward model; use: python -m alignment_jax train-reward with the same flags")
     if config.get("kind") == "recogniser":
         from .training import recogniser
 
+        _alone("training a recogniser")
+        _compilation_cache()
         recogniser.train(config, FLAGS.workdir)
         return
+    distributed.start()
+    _compilation_cache()
     import jax
 
     from .training import loop, plan
@@ -112,7 +128,7 @@ def train(rest: Sequence[str]) -> None:
             _fail(distributed.lost(str(error)), 1)
         raise
     report = Path(FLAGS.workdir) / "report.html"
-    if report.exists():
+    if report.exists() and jax.process_index() == 0:
         print(f"report: {report}")
 
 
@@ -158,6 +174,24 @@ def plan(rest: Sequence[str]) -> None:
 
     found = plans.plan(FLAGS.config, FLAGS.topology, fresh=FLAGS.fresh, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(found, indent=1) if FLAGS.json else plans.text(found))
+
+
+# -- preflight -----------------------------------------------------------------------------------------------------
+
+
+def preflight(rest: Sequence[str]) -> None:
+    """Whether all hosts of a run are there, alike and well, with the same --config and --workdir as train; it takes a minute at most."""
+    _no_more(rest)
+    from .training import distributed
+
+    distributed.start()
+    import jax
+
+    from .training import preflight as hosts
+
+    found = hosts.preflight(hosts.facts(FLAGS.config, Path(FLAGS.workdir).expanduser().absolute()))
+    if jax.process_index() == 0:
+        print(hosts.text(found), flush=True)
 
 
 # -- sample --------------------------------------------------------------------------------------------------------

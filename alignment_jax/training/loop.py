@@ -18,7 +18,7 @@ from .. import weights
 from ..evaluation.over_optimisation import early_stop
 from ..evaluation.statistics import unflatten
 from ..rewards.check import probe, score_host, to_uint8
-from . import build, distributed, flops, sharding, step, stream
+from . import build, distributed, flops, preflight, sharding, step, stream
 from .checkpoint import Checkpointer, save_json
 from .evaluate import Evaluator
 from .interrupt import PREEMPTED, Interrupt
@@ -95,6 +95,11 @@ class Laps:
         self.seconds[f"seconds/{part}"], self._last = now - self._last, now
 
 
+def waited(session: Session, seconds: dict[str, float]) -> dict[str, float]:
+    """With seconds/host_wait, in which no device had work: the batch, and a host reward's answers about the last microbatch."""
+    return seconds | {"seconds/host_wait": seconds["seconds/data"] + (seconds["seconds/reward"] if on_host(session) else 0.0)}
+
+
 def unwatched(part: str, results: Tree) -> None:
     """The laps of a step that nobody watches."""
 
@@ -109,19 +114,17 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
     number = int(state.step)
     roll_key, prepare_key, item_key = jax.random.split(jax.random.fold_in(state.key, number), 3)
     cut = step.cut(n, size)
-    elsewhere, parts, pictures = needs.reward == "value" and (on_host(session) or session.apart), list[Tree](), list[jax.Array]()
-    # nothing is waited for: while one microbatch is scored elsewhere, the devices, which keep this order, draw the next ones
+    parts, scored = list[Tree](), Scores(session, batch["prompts"], cut, number) if needs.reward == "value" else None
+    # nothing is waited for but, while a microbatch is drawn, the host's scores of the one before: two of them are pictures at a time
     for k, d in step.microbatches((jax.random.split(roll_key, n), data), cut):
         parts.append(programs.rollout(state, frozen, k, d))
-        if elsewhere:
-            pictures.append(programs.to_pictures(frozen, parts[-1]["x0"]))
-    lap("rollout", (parts, pictures))
-    rewards, metrics = None, dict[str, Any]()
-    if needs.reward == "value":
-        rewards, metrics = score(session, parts, pictures, batch["prompts"], cut, number)
+        if scored:
+            scored.ask(parts[-1])
+    lap("rollout", parts)
+    rewards, metrics = scored.joined() if scored else (None, {})
     lap("reward", rewards)
     rolled = step.join(parts, cut)
-    del parts, pictures
+    del parts, scored
     items, extra, info = programs.prepare(prepare_key, state.extra, rolled, rewards)
     state = state._replace(extra=extra)
     cond = rolled["cond"]
@@ -135,8 +138,8 @@ def one_step(session: Session, state: TrainState, batch: dict[str, Any], updates
                          f"{[d for d in range(1, 17) if n_items % d == 0]}")  # fmt: skip
     order = jax.random.permutation(prepare_key, n_items) if updates > 1 else None
     for part in range(updates):
-        rows = slice(None) if order is None else order[part * (n_items // updates) : (part + 1) * (n_items // updates)]
-        chosen = (keys, items) if order is None else jax.tree.map(lambda x, r=rows: x[r], (keys, items))
+        rows = None if order is None else order[part * (n_items // updates) : (part + 1) * (n_items // updates)]
+        chosen = (keys, items) if rows is None else step.rows((keys, items), rows)
         state, update_info = step.update(programs, state, frozen, chosen[0], chosen[1], cond, size, part == 0)
     lap("update", state)
     return state, {**metrics, **info, **update_info, "samples_seen": (number // updates + 1) * n}
@@ -148,31 +151,47 @@ def on_host(session: Session) -> bool:
     return reward is not None and not reward.device
 
 
-def score(session: Session, parts: list[Tree], pictures: list[jax.Array], prompts: Sequence[str], cut: step.Cut,
-          number: int) -> tuple[jax.Array, dict[str, Any]]:  # fmt: skip
-    """Rewards [B] of a rollout's microbatches, where they were drawn, on devices of their own, or on the host; NaN where a host reward
-    failed and may.
+class Scores:
+    """Rewards [B] of a rollout's microbatches, where they were drawn, on devices of their own, or on the host.
 
-    pictures: those of each microbatch, for the last two; a host reward is asked by every process for its own samples alone.
+    A host reward is asked by every process for its own samples alone, and one microbatch late, so that the devices draw meanwhile.
+    Means of what else it says (reward/...) are those of this process; NaN where it failed and may.
     """
-    reward, shown = session.run.parts.reward, dict[str, Any]()
-    assert reward is not None
-    if session.apart:
-        scored = [session.apart(x, p.get("condition", {})) for x, p in zip(pictures, parts, strict=True)]
-    elif reward.device:
-        scored = [session.programs.score(session.frozen, p["x0"], p.get("condition", {})) for p in parts]
-    else:
-        if cut.n < cut.size * cut.parts:  # a microbatch that is filled up holds samples of other processes
-            pictures, cut = [step.join(pictures, cut)], step.cut(cut.n, cut.n)
-        scored, infos = [], list[dict[str, Any]]()
-        for i, x in enumerate(pictures):
-            own = to_uint8(sharding.own(session.layout, x))
-            values, info = score_host(reward, own, prompts[i :: cut.parts], {}, batch_index=number, on_error=session.reward_errors)
-            scored.append(sharding.shard(session.layout, values))
-            infos.append({k: v for k, v in info.items() if np.shape(v) == (len(own),)})
-        shown = {f"reward/{k}": np.nanmean([info[k] for info in infos]) for k in infos[0] if all(k in info for info in infos)}
-    rewards = step.join(scored, cut)
-    return rewards, {"reward/mean": jnp.nanmean(rewards), "reward/std": jnp.nanstd(rewards), **shown}
+
+    def __init__(self, session: Session, prompts: Sequence[str], cut: step.Cut, number: int):
+        self.session, self.prompts, self.cut, self.number = session, prompts, cut, number
+        self.pictures, self.scores, self.infos = list[jax.Array](), list[jax.Array](), list[dict[str, Any]]()
+
+    def ask(self, rolled: Tree) -> None:
+        """To be called with each microbatch."""
+        programs, frozen, condition = self.session.programs, self.session.frozen, rolled.get("condition", {})
+        if self.session.apart:
+            self.scores.append(self.session.apart(programs.to_pictures(frozen, rolled["x0"]), condition))
+        elif not on_host(self.session):
+            self.scores.append(programs.score(frozen, rolled["x0"], condition))
+        else:
+            self.pictures.append(programs.to_pictures(frozen, rolled["x0"]))
+            if len(self.pictures) > 1 and self.cut.n == self.cut.size * self.cut.parts:
+                self._ask_host(self.pictures.pop(0), self.prompts[len(self.scores) :: self.cut.parts])
+
+    def joined(self) -> tuple[jax.Array, dict[str, Any]]:
+        """(rewards [B], metrics), after the last."""
+        cut = self.cut
+        if cut.n < cut.size * cut.parts and self.pictures:  # a microbatch that is filled up holds samples of other processes
+            self.pictures, cut = [step.join(self.pictures, cut)], step.cut(cut.n, cut.n)
+        for pictures in self.pictures:
+            self._ask_host(pictures, self.prompts[len(self.scores) :: cut.parts])
+        rewards, infos = step.join(self.scores, cut), self.infos
+        shown = {f"reward/{k}": np.nanmean([info[k] for info in infos]) for k in infos[0] if all(k in i for i in infos)} if infos else {}
+        return rewards, {"reward/mean": jnp.nanmean(rewards), "reward/std": jnp.nanstd(rewards), **shown}
+
+    def _ask_host(self, pictures: jax.Array, prompts: Sequence[str]) -> None:
+        session, reward = self.session, self.session.run.parts.reward
+        assert reward is not None
+        own = to_uint8(sharding.own(session.layout, pictures))
+        values, info = score_host(reward, own, prompts, {}, batch_index=self.number, on_error=session.reward_errors)
+        self.scores.append(sharding.shard(session.layout, values))
+        self.infos.append({k: v for k, v in info.items() if np.shape(v) == (len(own),)})
 
 
 def _mapped(session: Session, program: Any, x: jax.Array) -> jax.Array:
@@ -185,7 +204,7 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     """Trains, evaluates and writes the report; a workdir that holds checkpoints is resumed. Returns the workdir.
 
     profile: (first, last) steps, of which workdir/profile gets a trace for XProf and TensorBoard, and metrics.jsonl the seconds of
-    each part (seconds/data, rollout, reward, anchor, update) with the FLOP/s that they reach.
+    each part (seconds/data, rollout, reward, anchor, update, and host_wait) with the FLOP/s that they reach.
     SIGTERM and Ctrl-C save a checkpoint and end quietly, so that a preempted run goes on where it was: after SIGTERM the exit code
     is PREEMPTED, by which whoever started the run can tell that it is to be started again.
     """
@@ -194,8 +213,11 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
         raise ValueError(f"workdir {workdir} is an address, and a folder is needed; mount the bucket (gcsfuse) and name the folder")
     workdir = Path(workdir).expanduser().absolute()
     whose(workdir, config)
+    stopping, (first, until) = 0, profile or (0, -1)
+    if first > config.steps:
+        raise ValueError(f"--profile={first}:{until} begins after the run's {config.steps} steps")
     if jax.process_count() > 1:
-        distributed.preflight(distributed.facts(config, workdir))
+        preflight.preflight(preflight.facts(config, workdir))
     session, state = set_up(config)
     if jax.process_index() == 0:
         claim(workdir, config)
@@ -205,8 +227,8 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     state = resume(workdir, session, state)
     start = int(state.step) // updates
     steps = start if stopped(workdir) else steps
-    if start:
-        print(f"resumed         from step {start}", flush=True)
+    if start and jax.process_index() == 0:
+        print(f"resumed         from step {start}{', after those of --profile' if 0 < until <= start else ''}", flush=True)
     log = MetricLog(workdir, start)
     announce(config, session, state, steps)
     evaluator = Evaluator(config, session) if config.get("evaluation") else None
@@ -220,7 +242,6 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     trained_seconds = time.time()
     from tqdm import tqdm
 
-    stopping, (first, until) = 0, profile or (0, -1)
     needed = flops.one_step(config, session.run.parts.reward) if profile else 0.0
     with stop, tqdm(total=steps, initial=start, desc="align", unit="step", disable=jax.process_index() > 0) as bar:
         for number in range(start, steps):
@@ -232,7 +253,7 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
             lap, batch = laps or unwatched, next(session.run.source)
             lap("data", None)
             state, metrics = one_step(session, state, batch, updates, lap)
-            metrics |= laps.seconds | flops.utilisation(needed, sum(laps.seconds.values())) if laps else {}
+            metrics |= waited(session, laps.seconds) | flops.utilisation(needed, sum(laps.seconds.values())) if laps else {}
             last, stopping = number + 1 == steps, stop.agreed()
             if watched and (stopping or number + 1 == min(until, steps)):
                 jax.profiler.stop_trace()
@@ -257,7 +278,8 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     checkpoints.close()
     log.close()
     if stopping:
-        print(f"stopped at step {int(state.step) // updates}; the same command goes on from there", flush=True)
+        if jax.process_index() == 0:
+            print(f"stopped at step {int(state.step) // updates}; the same command goes on from there", flush=True)
         distributed.together("stopped")  # whoever started the processes may end the others once one has ended with a code
         if stopping == signal.SIGTERM:
             raise SystemExit(PREEMPTED)

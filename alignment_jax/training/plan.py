@@ -19,7 +19,7 @@ import jax
 from ..models import stable_diffusion
 from ..platform import assumed
 from ..weights import files
-from . import abstract, distributed, hlo, sharding, stream
+from . import abstract, hlo, preflight, sharding, stream
 from .checkpoint import save_json
 from .names import nearest
 
@@ -128,7 +128,7 @@ def key(config: Any, topology: str, devices: list[Any]) -> str:
     """By what a plan is kept: config, topology or devices, versions, and the text of this package."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]
     versions += [importlib.metadata.version("libtpu")] if topology else []
-    facts = [*distributed.fingerprints(config).values(), topology or f"{len(devices)} {devices[0].device_kind}", *versions]
+    facts = [*preflight.fingerprints(config).values(), topology or f"{len(devices)} {devices[0].device_kind}", *versions]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 

@@ -69,6 +69,17 @@ def mapped(program: Any, n: int, size: int, keys: Array, tree: Tree) -> Tree:
     return join([program(k, t) for k, t in microbatches((keys, tree), c)], c)
 
 
+def rows(tree: Tree, numbers: Array) -> Tree:
+    """The rows of arrays [N, ...] with these numbers, cut over the devices as the arrays are: left alone, all would lie on each."""
+    leaves, form = jax.tree.flatten(tree)
+    return jax.tree.unflatten(form, _rows(leaves, numbers, tuple(x.sharding for x in leaves)))
+
+
+@partial(jax.jit, static_argnames="where")
+def _rows(leaves: list[Array], numbers: Array, where: tuple[Any, ...]) -> list[Array]:
+    return [jax.lax.with_sharding_constraint(x[numbers], w) for x, w in zip(leaves, where, strict=True)]
+
+
 def with_cond(items: Tree, cond: Tree) -> Tree:
     """Items with the "cond" of the samples that they belong to by "row", where they have one."""
     return {**items, "cond": _gathered(cond, items["row"])} if "row" in items else items

@@ -251,7 +251,9 @@ def test_a_profile_has_a_trace_of_its_steps_and_their_parts_seconds(tmp_path):
     rows = read(tmp_path / "run" / "metrics.jsonl")
     timed = [row["step"] for row in rows if "seconds/rollout" in row]
     assert timed == [2, 3] and all(rows[1][f"seconds/{part}"] > 0 for part in ("data", "rollout", "reward", "anchor", "update"))
+    assert rows[1]["seconds/host_wait"] == rows[1]["seconds/data"] + rows[1]["seconds/reward"]  # a reward on the host
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    wrong = cli("train", "--config=tests/toy_config.py:plain4", f"--workdir={tmp_path / 'other'}", "--profile=5:3", check=False,
-                env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})  # fmt: skip
-    assert wrong.returncode == 2 and "'5:3' is not FIRST:LAST" in wrong.stderr
+    for asked, says in (("5:3", "'5:3' is not FIRST:LAST"), ("5:6", "--profile=5:6 begins after the run's 4 steps")):
+        wrong = cli("train", "--config=tests/toy_config.py:plain4", f"--workdir={tmp_path / 'other'}", f"--profile={asked}", check=False,
+                    env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})  # fmt: skip
+        assert wrong.returncode == 2 and says in wrong.stderr
