@@ -24,6 +24,7 @@ if [ "${1:-}" = --in_job ]; then  # sbatch runs this same file on the first node
   srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m alignment_jax "$@" & step=$!
   while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # a signal interrupts a wait
   code=0; wait "$step" || code=$?
+  if [ "$code" = 2 ]; then exit 2; fi  # a mistake in the command or its config, which starting again does not mend
   # a preempted job that ends before Slurm kills it counts as complete and is not put back; so it waits for that
   if [ -n "$told" ]; then sleep "${KILL_WAIT:-600}" & wait; fi
   if [ -n "$late" ]; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -1,5 +1,6 @@
 """The launch scripts against stubs of gcloud, kubectl, sbatch and srun that record how they are called, and local.sh for real."""
 
+import gzip
 import json
 import math
 import os
@@ -16,9 +17,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((Path(__file__).parent / "jobset_schema.json").read_text())
 TRAIN = ["train", "--config=configs/sdxl.py:mapo", "--config.reward={'name': \"a b\", 'cost': '$(x) $$'}", "--workdir=/shared/run"]
 PLACE = ["--zone=us-west4-a", "--project=mine"]
+ALIVE = "--ssh-flag=-oServerAliveInterval=30"
 HELP = ["local.sh", "slurm.sh", "gke.sh", "tpu_vm.sh"]
 
 
@@ -82,9 +83,10 @@ TPU_VM = {
     "logs": ([], [
         ["gcloud", "compute", "tpus", "queued-resources", "describe", "pod", "--format=value(state.state)", *PLACE],
         ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all",
-         "--command=hostname; tail -n 40 alignment_jax/run.log", *PLACE]]),
+         "--command=hostname; tail -n 40 alignment_jax/run.log", ALIVE, *PLACE]]),
     "delete": ([], [["gcloud", "compute", "tpus", "queued-resources", "delete", "pod", "--force", "--quiet", *PLACE]]),
 }  # fmt: skip
+SLICE = TPU_VM["create"][0]
 
 
 @pytest.mark.parametrize("action", TPU_VM)
@@ -120,37 +122,131 @@ def test_tpu_vm_install_copies_what_head_holds(stubs, tmp_path):
     archive = f"{tmp_path}/alignment_jax_pod.tar.gz"
     assert pack == ["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"] and not Path(archive).exists()
     assert copy == ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, "pod:alignment_jax.tar.gz", "--worker=all", *PLACE]
-    assert install[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"] and install[8:] == PLACE
+    assert install[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"] and install[8:] == [ALIVE, *PLACE]
     assert "source alignment_jax/launch/env.sh && prepare_env .venv tpu" in install[7]
     assert subprocess.run(["bash", "-n", "-c", install[7].removeprefix("--command=")]).returncode == 0
 
 
-def test_a_worker_starts_the_same_command_again_until_it_ends_with_0(stubs, tmp_path):
-    """What run sends to the workers, run in a folder that looks like theirs: the second start ends well, and no third follows."""
-    launch(stubs, "tpu_vm.sh", "run", "pod", *PLACE, "--", *TRAIN)
+@pytest.mark.parametrize("codes, log", [
+    ([3, 0], ["start 0", "ended with 3", "start 1", "ended with 0"]),
+    ([75, -9], ["start 0", "ended with 75", "start 1", "ended with 137"]),
+    ([2], ["start 0", "a mistake in the command or its config, not started again", "ended with 2"])])  # fmt: skip
+def test_a_worker_starts_the_same_command_again_until_it_ends_with_0_or_2(stubs, tmp_path, codes, log):
+    """What run sends to the workers, run in a folder that looks like theirs; keep reads there how it went."""
+    launch(stubs, "tpu_vm.sh", "run", "pod", "--retries=1", *PLACE, "--", *TRAIN)
     (call,) = calls(stubs)
-    assert call[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"] and call[8:] == PLACE
+    assert call[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"] and call[8:] == [ALIVE, *PLACE]
+    (outcome,) = [c[7].removeprefix("--command=") for c in round_of_keep(stubs) if "--worker=0" in c]
+
+    def on_worker(command: str, *before: str) -> str:
+        return subprocess.check_output([*before, "bash", "-c", command], cwd=tmp_path, env=environment(stubs), text=True, timeout=30)
+
+    assert on_worker(outcome) == "no run\n"
     python = tmp_path / "alignment_jax" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     write(python, "import json, os, sys\n"
           "lines = open('starts').readlines() if os.path.exists('starts') else []\n"
           "open('starts', 'a').write(json.dumps([sys.argv[1:], os.environ['ALIGNMENT_JAX_DISTRIBUTED']]) + '\\n')\n"
-          "sys.exit(0 if lines else 3)\n")  # fmt: skip
+          f"code = {codes}[len(lines)]\n"
+          "sys.exit(code) if code >= 0 else os.kill(os.getpid(), -code)\n")  # fmt: skip
     write(stubs / "sleep", "")
-    command = ["bash", "-c", call[7].removeprefix("--command=")]
-    subprocess.run(command, cwd=tmp_path, env=environment(stubs), check=True, timeout=30)
+    on_worker(call[7].removeprefix("--command="))
     file, until = tmp_path / "alignment_jax/starts", time.time() + 8
-    while not file.exists() or file.read_text().count("\n") < 2:
+    while not file.exists() or file.read_text().count("\n") < len(codes):
         assert time.time() < until
         time.sleep(0.05)
     subprocess.run(["flock", "run.lock", "true"], cwd=file.parent, check=True, timeout=8)  # free when the last start is over
     starts = [json.loads(line) for line in file.read_text().splitlines()]
-    assert starts == [[["-m", "alignment_jax", *TRAIN], "1"]] * 2
-    assert (file.parent / "run.log").read_text().splitlines() == ["start 0", "ended with 3", "start 1"]
+    assert starts == [[["-m", "alignment_jax", *TRAIN], "1"]] * len(codes)
+    said = (file.parent / "run.log").read_text().splitlines()
+    assert [line for line in said if "Killed" not in line] == log  # bash tells of a signal
+    assert on_worker(outcome) == f"{log[-1]}\n"
+    assert on_worker(outcome, "flock", "alignment_jax/run.lock") == "going on\n"
+
+
+ROUND = ["state", "create", "outcome", "archive", "scp", "rm", "install", "run", "delete"]
+
+
+def round_of_keep(stubs: Path) -> list[list[str]]:
+    printed = launch(stubs, "tpu_vm.sh", "keep", "pod", *SLICE, *PLACE, "--retries=1", "--dry_run", "--", *TRAIN).stdout
+    return [line for line in shown(printed) if line[0] != "#"]
+
+
+def test_keep_does_what_the_other_subcommands_do(stubs):
+    commands = dict(zip(ROUND, round_of_keep(stubs), strict=True))
+    parts = {"create": ["create"], "install": ["archive", "scp", "rm", "install"], "run": ["run"], "delete": ["delete"]}
+    for action, words in parts.items():
+        args = [*TPU_VM.get(action, ([], None))[0], *PLACE, "--retries=1", "--dry_run", *(["--", *TRAIN] if action == "run" else [])]
+        assert shown(launch(stubs, "tpu_vm.sh", action, "pod", *args).stdout) == [commands[w] for w in words]
+    assert commands["state"] == TPU_VM["logs"][1][0]
+    assert commands["outcome"][6] == "--worker=0" and commands["outcome"][8:] == [ALIVE, *PLACE]
+    assert {c[0] for c in calls(stubs)} == {"git"}  # that says what is not committed
+
+
+def keep(stubs: Path, code: int, *rounds: tuple[str, str, str, str]) -> list[str]:
+    """Runs keep in a world of (state, what worker 0 says, which call fails, the calls wanted) a round; the changes that it tells."""
+    commands = {tuple(c): word for word, c in zip(ROUND, round_of_keep(stubs), strict=True)}
+    file, record = stubs.parent / "rounds", stubs.parent / "calls"
+    record.unlink(missing_ok=True)
+    file.write_text(json.dumps([["", "", ""], *[r[:3] for r in rounds]]))
+    write(stubs / "gcloud", "import json, sys\n"
+          f"open({str(record)!r}, 'a').write(json.dumps(['gcloud', *sys.argv[1:]]) + '\\n')\n"
+          f"rounds = json.load(open({str(file)!r}))[sys.argv[4] == 'describe':]\n"
+          f"json.dump(rounds, open({str(file)!r}, 'w'))\n"
+          "state, said, fails = rounds[0]\n"
+          "if fails in sys.argv: sys.exit('ERROR: UNAVAILABLE')\n"
+          "if sys.argv[4] == 'describe': print('WARNING: old', file=sys.stderr)\n"
+          "if sys.argv[4] == 'describe': sys.exit('ERROR: NOT_FOUND: pod was not found') if state == 'NONE' else print(state)\n"
+          "if '--worker=0' in sys.argv: print(said)\n")  # fmt: skip
+    write(stubs / "sleep", "import json, os, sys\n"
+          f"open({str(record)!r}, 'a').write(json.dumps(['sleep', *sys.argv[1:]]) + '\\n')\n"
+          f"if len(json.load(open({str(file)!r}))) == 1: os.kill(os.getppid(), 9)\n")  # it should have ended  # fmt: skip
+    done = launch(stubs, "tpu_vm.sh", "keep", "pod", *SLICE, *PLACE, "--retries=1", "--every=7", "--", *TRAIN, code=code)
+    made = [c for c in calls(stubs) if c[:2] != ["git", "diff"]]
+    words = [commands[tuple(c)] if c != ["sleep", "7"] else "sleep" for c in made]
+    assert " ".join(words).split(" sleep ") == [r[3] for r in rounds]
+    return [line.split(" pod: ")[1] for line in done.stdout.splitlines() if " pod: " in line]
+
+
+def test_keep_gets_a_slice_again_when_it_is_taken_back_until_the_run_is_done(stubs):
+    begin = "state outcome archive scp install run"
+    told = keep(stubs, 0, ("NONE", "", "", "state create"), ("ACCEPTED", "", "", "state"), ("ACTIVE", "no run", "", begin),
+                ("ACTIVE", "going on", "", "state outcome"), ("ACTIVE", "going on", "", "state outcome"),
+                ("SUSPENDED", "", "", "state delete"), ("NONE", "", "", "state create"), ("ACTIVE", "no run", "", begin),
+                ("ACTIVE", "ended with 0", "", "state outcome"))  # fmt: skip
+    assert told == ["NONE", "ACCEPTED", "ACTIVE, no run", "ACTIVE, going on", "SUSPENDED", "NONE", "ACTIVE, no run", "ACTIVE, ended with 0"]
+
+
+def test_keep_waits_in_the_other_states(stubs):
+    wait = [(s, "", "", "state") for s in ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "DELETING")]
+    gone = [(s, "", "", "state delete") for s in ("SUSPENDING", "SUSPENDED", "FAILED")]
+    told = keep(stubs, 0, *wait, *gone, ("ACTIVE", "going on", "", "state outcome"), ("ACTIVE", "ended with 0", "", "state outcome"))
+    assert told == [*[r[0] for r in wait + gone], "ACTIVE, going on", "ACTIVE, ended with 0"]
+
+
+def test_keep_takes_up_a_run_starts_it_again_and_ends_with_a_mistake(stubs):
+    """Started anew it knows nothing of the run; what a log says otherwise is no state."""
+    keep(stubs, 2, ("ACTIVE", "going on", "", "state outcome"), ("ACTIVE", "ended with 1", "", "state outcome run"),
+         ("ACTIVE", "", "--worker=0", "state outcome"), ("ACTIVE", "step 9 FAILED", "", "state outcome run"),
+         ("ACTIVE", "ended with 12", "", "state outcome run"), ("ACTIVE", "ended with 2", "", "state outcome"))  # fmt: skip
+
+
+def test_keep_does_not_take_the_end_of_an_earlier_run_for_that_of_its_own(stubs):
+    keep(stubs, 0, ("ACTIVE", "ended with 2", "", "state outcome archive scp install run"), ("ACTIVE", "ended with 0", "", "state outcome"))
+
+
+def test_keep_goes_on_when_a_call_fails_later_but_not_the_first(stubs):
+    keep(stubs, 1, ("", "", "describe", "state"))
+    keep(stubs, 1, ("NONE", "", "create", "state create"))
+    begin = "state outcome archive scp install run"
+    told = keep(stubs, 0, ("NONE", "", "", "state create"), ("", "", "describe", "state"), ("NONE", "", "create", "state create"),
+                ("SUSPENDED", "", "delete", "state delete"), ("ACTIVE", "no run", "scp", "state outcome archive scp"),
+                ("ACTIVE", "no run", "", begin), ("ACTIVE", "ended with 0", "", "state outcome"))  # fmt: skip
+    assert told == ["NONE", "no answer: ERROR: UNAVAILABLE", "NONE", "SUSPENDED", "ACTIVE, no run", "ACTIVE, ended with 0"]
 
 
 WRONG = [
-    ("tpu_vm.sh", ["boil", "pod"], ["boil", "create install run logs delete"]),
+    ("tpu_vm.sh", ["boil", "pod"], ["boil", "create install run logs delete keep"]),
     ("tpu_vm.sh", [], ["subcommand ''"]),
     ("tpu_vm.sh", ["logs"], ["NAME", "try logs pod"]),
     ("tpu_vm.sh", ["run", "--dry_run"], ["NAME", "--dry_run"]),
@@ -161,6 +257,9 @@ WRONG = [
     ("tpu_vm.sh", ["run", "pod", "--", "--config=x"], ["--config=x", "train --config"]),
     ("tpu_vm.sh", ["run", "pod", "--retries=x", "--", "train"], ["--retries", "'x'"]),
     ("tpu_vm.sh", ["run", "pod", "--", "train", "--workdir=gs://b/run"], ["gs://", "mount"]),
+    ("tpu_vm.sh", ["keep", "pod", "--", "train"], ["--accelerator_type", "v5litepod-16"]),
+    ("tpu_vm.sh", ["keep", "pod", *SLICE], ["--", "train --config"]),
+    ("tpu_vm.sh", ["keep", "pod", *SLICE, "--every=0", "--", "train"], ["--every", "'0'"]),
     ("gke.sh", [], ["NAME"]),
     ("gke.sh", ["--image=i"], ["NAME", "--image=i"]),
     ("gke.sh", ["a" * 29, "--image=i"], ["28"]),
@@ -191,6 +290,42 @@ def test_a_mistake_is_one_message_that_says_what_is_allowed(stubs, script, args,
     assert f"see ./launch/{script} --help" in message and done.stdout == "" and calls(stubs) == []
 
 
+# The openAPIV3Schema of JobSet's v1alpha2, without its descriptions; the resource is kubernetes-sigs/jobset's, under Apache-2.0. Made by
+#   commit=08dfbdfd682714a9ab929633eca8dc95315187e7 file=config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml
+#   curl -s https://raw.githubusercontent.com/kubernetes-sigs/jobset/$commit/$file | python -c '
+#   import gzip, json, sys, yaml
+#   def bare(x):
+#       if isinstance(x, dict): return {k: bare(v) for k, v in x.items() if k != "description" or not isinstance(v, str)}
+#       return [*map(bare, x)] if isinstance(x, list) else x
+#   (version,) = yaml.safe_load(sys.stdin)["spec"]["versions"]
+#   schema = json.dumps(bare(version["schema"]["openAPIV3Schema"]))
+#   sys.stdout.buffer.write(gzip.compress(schema.encode(), mtime=0))' >tests/launch/jobset_schema.json.gz
+def closed(schema):
+    """As a server reads it that refuses unknown fields: an object with a list of properties has no others."""
+    if isinstance(schema, list):
+        return [closed(s) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    shut = schema.get("type") == "object" and "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields")
+    return {**({"additionalProperties": False} if shut else {}), **{k: closed(v) for k, v in schema.items()}}
+
+
+# Draft 4 is what OpenAPI 3.0 grew from; an int-or-string is an anyOf of the two there already
+SCHEMA = jsonschema.Draft4Validator(closed(json.loads(gzip.decompress((Path(__file__).parent / "jobset_schema.json.gz").read_bytes()))))
+
+
+def accept(manifest: dict) -> None:
+    """Raises ValidationError or AssertionError unless a cluster would take it; the schema leaves kind and metadata to the server."""
+    SCHEMA.validate(manifest)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    metadata = manifest["metadata"]
+    assert set(metadata) <= {"name", "namespace", "labels", "annotations"}
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", metadata["name"])
+    for value in metadata["labels"].values():
+        assert re.fullmatch(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?", value)
+    assert all(isinstance(v, str) for v in metadata["annotations"].values())
+
+
 def jobset(stubs: Path, *args: str) -> dict:
     """The manifest that kubectl was given; it fits the schema and is the one that --dry_run prints."""
     printed = launch(stubs, "gke.sh", "dpo", "--image=host/alignment_jax:1", *args, "--dry_run", "--", *TRAIN).stdout
@@ -200,15 +335,45 @@ def jobset(stubs: Path, *args: str) -> dict:
     assert printed == f"# {' '.join(call)}\n{manifest}"
     assert call == ["kubectl", "apply", *[a for a in args if a.startswith("--namespace")], "-f", "-"]
     read = yaml.safe_load(manifest)
-    jsonschema.validate(read, SCHEMA)
+    accept(read)
     return read
+
+
+JOB = ["spec", "replicatedJobs", 0, "template", "spec"]
+POD = [*JOB, "template", "spec"]
+
+
+@pytest.mark.parametrize("where, value, said", [
+    ([*POD, "containers", 0, "imagePullPolice"], "Always", "'imagePullPolice' was unexpected"),
+    ([*JOB, "backofLimit"], 0, "'backofLimit' was unexpected"),
+    (["spec", "failurePolicy", "rules", 0, "onJobFailureReason"], ["PodFailurePolicy"], "'onJobFailureReason' was unexpected"),
+    ([*JOB, "parallelism"], "4", "'4' is not of type 'integer'"),
+    ([*POD, "containers", 0, "args"], "train", "'train' is not of type 'array'"),
+    ([*POD, "containers", 0, "resources", "limits"], {"google.com/tpu": [4]}, "[4] is not valid under any"),
+    (["spec", "failurePolicy", "rules", 0, "action"], "FailJob", "'FailJob' is not one of"),
+    ([*POD, "containers", 0, "name"], None, "'name' is a required property"),
+    ([*JOB, "podFailurePolicy", "rules", 0, "action"], None, "'action' is a required property"),
+    (["kind"], "Job", "JobSet"), (["metadata", "name"], "Dpo", "Dpo"), (["metadata", "labels", "queue"], "not a label", "not a label"),
+    (["metadata", "annotations", "count"], 1, "all(")], ids=lambda x: str(x[-1]) if isinstance(x, list) else "")  # fmt: skip
+def test_a_manifest_with_a_mistake_is_refused(stubs, where, value, said):
+    manifest = jobset(stubs, "--tpu_type=v6e-8")
+    *path, last = where
+    part = manifest
+    for key in path:
+        part = part[key]
+    part[last] = value
+    if value is None:
+        del part[last]
+    with pytest.raises((jsonschema.ValidationError, AssertionError), match=re.escape(said)):
+        accept(manifest)
 
 
 def test_a_jobset_of_tpu_slices(stubs):
     read = jobset(stubs, "--tpu_type=v5litepod-16", "--slices=2", "--claim=runs", "--queue=mine", "--max_restarts=3", "--namespace=ns")
     assert read["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "mine"}
     assert read["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    assert read["spec"]["failurePolicy"] == {"maxRestarts": 3}
+    mistake = {"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert read["spec"]["failurePolicy"] == {"maxRestarts": 3, "rules": [mistake]}
     (slices,) = read["spec"]["replicatedJobs"]
     job = slices["template"]["spec"]
     assert (slices["replicas"], job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 4, 4, 0)
@@ -216,6 +381,9 @@ def test_a_jobset_of_tpu_slices(stubs):
     gke = "cloud.google.com/gke-tpu"
     assert pod["nodeSelector"] == {f"{gke}-accelerator": "tpu-v5-lite-podslice", f"{gke}-topology": "4x4"}
     (container,) = pod["containers"]
+    # a policy on exit codes is allowed with this restartPolicy only
+    ends = {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert job["podFailurePolicy"] == {"rules": [{"action": "FailJob", "onExitCodes": ends}]} and pod["restartPolicy"] == "Never"
     assert container["image"] == "host/alignment_jax:1" and container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert container["env"] == [{"name": "ALIGNMENT_JAX_DISTRIBUTED", "value": "1"}]
     # Kubernetes reads $(NAME) in arguments, and two dollar signs as one
@@ -252,7 +420,7 @@ def test_a_tpu_type_is_hosts_and_a_topology(stubs, kind, accelerator, topology, 
     assert math.prod(map(int, topology.split("x"))) == 4 * hosts
 
 
-@pytest.mark.parametrize("code, told, ends", [("sys.exit(0)", False, 0), ("sys.exit(5)", False, 5), ("time.sleep(20)", True, 75)])
+@pytest.mark.parametrize("code, told, ends", [("sys.exit(0)", False, 0), ("sys.exit(2)", False, 2), ("time.sleep(20)", True, 75)])
 def test_a_pod_that_was_told_to_go_does_not_count_as_done(stubs, code, told, ends):
     """The command of the container, for real: the run hears of SIGTERM, and the pod ends with its code."""
     jobset(stubs, "--tpu_type=v6e-8")
@@ -280,10 +448,10 @@ def test_slurm_submits_one_process_a_node(stubs):
     assert calls(stubs)[0] == calls(stubs)[1]
 
 
-def in_job(stubs: Path, run: str, nodes: str = "2", gpus: str = "4") -> subprocess.Popen:
+def in_job(stubs: Path, run: str, nodes: str = "2", gpus: str = "4", wait: str = "0.1") -> subprocess.Popen:
     """The batch script on the first node, with srun a program of ours."""
     write(stubs / "srun", f"import json, os, signal, sys, time\n{run}")
-    more = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": nodes, "SLURM_CPUS_PER_TASK": "12", "PYTHON": "python", "KILL_WAIT": "0.1"}
+    more = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": nodes, "SLURM_CPUS_PER_TASK": "12", "PYTHON": "python", "KILL_WAIT": wait}
     return subprocess.Popen([ROOT / "launch/slurm.sh", "--in_job", gpus, *TRAIN], env=environment(stubs, **more), text=True,
                             stdout=subprocess.PIPE)  # fmt: skip
 
@@ -306,6 +474,15 @@ def test_a_slurm_job_waits_until_the_run_has_saved(stubs, number, wanted):
     job.send_signal(number)
     out, _ = job.communicate(timeout=10)
     assert out == "saved\n" and job.returncode == 0 and calls(stubs) == wanted
+
+
+@pytest.mark.parametrize("number, wanted", [(signal.SIGUSR1, [["scancel", "--signal=TERM", "7"]]), (signal.SIGTERM, [])])
+def test_a_slurm_job_that_ends_with_a_mistake_does_not_go_back_into_the_queue(stubs, number, wanted):
+    """Neither by itself nor by waiting for Slurm to put it back."""
+    job = in_job(stubs, "print('up', flush=True); time.sleep(1); sys.exit(2)\n", wait="60")
+    assert job.stdout is not None and job.stdout.readline() == "up\n"
+    job.send_signal(number)
+    assert job.wait(timeout=10) == 2 and calls(stubs) == wanted
 
 
 def local(stubs: Path, code: str, *flags: str, **more: str) -> subprocess.Popen:
