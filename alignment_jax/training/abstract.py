@@ -60,7 +60,8 @@ def one_step(config: Any, reward: Reward | None = None, on: sharding.Layout | No
     key = fixed(jax.eval_shape(lambda: jax.random.key(0)))
     trained, frozen_params = jax.eval_shape(parts.partition.init, key, params)
     tokens = jnp.asarray(bundle.tokenize([""]))
-    frozen = {"params": frozen_params, "reward": shapes(reward.params) if reward else None}
+    apart = on is not None and on.scorers is not None
+    frozen = {"params": frozen_params, "reward": shapes(reward.params) if reward and not apart else None}
     frozen["null"] = jax.eval_shape(programs.encode, {"params": params}, tokens)
     frozen = fixed(frozen)
     state = fixed(call("init", 1, key, fixed(trained), frozen["null"]))
@@ -83,16 +84,19 @@ def one_step(config: Any, reward: Reward | None = None, on: sharding.Layout | No
         data |= {name: rows(Shape((1,), jnp.float32), n) for name in ("preference", "weight")}
     waiting = lambda count, *trees: trees if count > size else ()  # one microbatch is the whole, and no copy of it
     rolled = jax.eval_shape(programs.rollout, state, frozen, keys(min(size, n)), rows(data, min(size, n)))
-    rolled = rows(rolled, n)
-    call("rollout", n, state, frozen, keys(min(size, n)), rows(data, min(size, n)), held=waiting(n, data, rolled))
+    before, rolled = rows(rolled, (-(-n // size) - 1) * size), rows(rolled, n)
+    call("rollout", n, state, frozen, keys(min(size, n)), rows(data, min(size, n)), held=waiting(n, data, before))
     rewards = None
     if needs.reward == "value":
         assert reward is not None
         part = rows({"x0": rolled["x0"], "condition": rolled.get("condition", {})}, min(size, n))
-        if reward.device:
+        if reward.device and not apart:
             call("score", n, frozen, part["x0"], part["condition"], held=(data, rolled))
         else:
-            call("to_pictures", n, frozen, part["x0"], held=(data, rolled))
+            shown = call("to_pictures", n, frozen, part["x0"], held=(data, rolled))
+            # those of the microbatch before are scored meanwhile; of all, where the last one is filled up or other devices score
+            shown = waiting(n, rows(shown, len(jax.tree.leaves(before)[0]) if apart or n % size else size))
+            out |= {name: out[name]._replace(held=(out[name].held, shown)) for name in ("rollout", "to_pictures")}
         rewards = rows(Shape((1, len(columns(reward))) if columns(reward) else (1,), jnp.float32), n)
     items, _, _ = call("prepare", 1, key, state.extra, rolled, rewards, held=waiting(n, data))
     count, updates = len(jax.tree.leaves(items)[0]), int(config.batch.get("updates", 1))
@@ -100,7 +104,9 @@ def one_step(config: Any, reward: Reward | None = None, on: sharding.Layout | No
     part = rows(items, m) | ({"cond": rows(rolled["cond"], m)} if "row" in items else {})
     items = rows(items, count)
     anchored = call("anchor", count, state, frozen, keys(m), part, held=(cond, *waiting(count, items)))
-    kept = rows({k: v for k, v in anchored.items() if k != "cond" or "row" not in items}, count)
+    without = {k: v for k, v in anchored.items() if k != "cond" or "row" not in items}
+    out["anchor"] = out["anchor"]._replace(held=(out["anchor"].held, *waiting(count, rows(without, count - m))))  # the results before
+    kept = rows(without, count)
     kept = (cond, kept, rows(kept, count // updates)) if updates > 1 else (cond, *waiting(count, kept))
     anchored = rows({**anchored, "first": Shape((m,), jnp.bool_)}, m)
     share = rows(Shape((1,), jnp.float32), m)
@@ -108,7 +114,7 @@ def one_step(config: Any, reward: Reward | None = None, on: sharding.Layout | No
     gradients, several = fixed(gradients), count // updates > m
     call("gradient", count, learned(state), state.copies, frozen, keys(m), anchored, share, held=(kept, gradients) if several else kept)
     if several:
-        call("accumulate", count - m * updates, gradients, gradients, held=kept)
+        call("accumulate", count - m * updates, gradients, gradients, held=(kept, rows(without, m)))
     call("apply", 1, state, gradients, held=kept)
     out["apply"] = out["apply"]._replace(calls=updates)
     return out

@@ -124,6 +124,10 @@ def collectives(module: Module, runs: Loops) -> list[Collective]:
         types = {op.name: op.type for op in body}
         for op in body:
             kind = op.opcode.removesuffix("-start")
+            between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if op.opcode == "send" else None
+            if between and runs.times[name]:  # what a TPU's host sends to other slices, after the slice's own chips have shared the work
+                sent = arrays(types.get(op.operands[0], ""))
+                found.append(Collective(f"dcn {between[1].lower().replace('_', '-')}", sum(sent), max(sent), runs.times[name]))
             if kind in KINDS and runs.times[name]:
                 taken, given = [n for x in op.operands for n in arrays(types.get(x, ""))], arrays(op.type)
                 if kind != op.opcode and len(given) > len(taken):  # (what it takes, what it gives, contexts)

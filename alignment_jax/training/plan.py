@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractMesh
 
 from ..models import stable_diffusion
 from ..platform import assumed
@@ -30,7 +32,8 @@ CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 
 class Chip(NamedTuple):
-    """What is published of a chip: FLOP/s in bfloat16, bytes/s of its memory and of its links, both ways; and the topologies it comes in.
+    """What is published of a chip: FLOP/s in bfloat16, bytes/s of its memory, of its links, both ways, and of its share of the network
+    between slices; and the topologies it comes in.
 
     hbm: bytes that its compiler lets a program have, which says so when a program has more (libtpu 0.0.50).
     """
@@ -38,21 +41,23 @@ class Chip(NamedTuple):
     flops: float
     bandwidth: float
     links: float
+    network: float
     hbm: float
     shapes: tuple[str, ...]
 
 
-SOURCE = "docs.cloud.google.com/tpu/docs, v5e, v5p-training and v6e: peak bfloat16, HBM and bidirectional ICI bandwidth of a chip"
+SOURCE = "docs.cloud.google.com/tpu/docs, v5e, v5p-training and v6e: peak bfloat16, HBM, bidirectional ICI and DCN bandwidth of a chip"
 CHIPS = {
-    "v5e": Chip(197e12, 819e9, 400e9, 15.75 * 2**30, SQUARES),
-    "v5p": Chip(459e12, 2765e9, 1200e9, 95.73 * 2**30, CUBES),
-    "v6e": Chip(918e12, 1640e9, 800e9, 31.24 * 2**30, SQUARES),
+    "v5e": Chip(197e12, 819e9, 400e9, 6.4e12 / 8 / 256, 15.75 * 2**30, SQUARES),
+    "v5p": Chip(459e12, 2765e9, 1200e9, 50e9 / 8, 95.73 * 2**30, CUBES),
+    "v6e": Chip(918e12, 1640e9, 800e9, 25.6e12 / 8 / 256, 31.24 * 2**30, SQUARES),
 }
 
 
 def plan(config: Any, topology: str = "", *, fresh: bool = False, say: Callable[[str], None] = lambda line: None,
          kept: str | Path | None = None) -> dict[str, Any]:  # fmt: skip
-    """One step of a config on a topology such as "v5e:4x4", or on the devices at hand: does it fit, what does it cost.
+    """One step of a config on a topology such as "v5e:4x4", or two of them, "2xv5e:4x4", or on the devices at hand: does it fit, what
+    does it cost.
 
     No weights are read: a model's and a scorer's config files are enough. Every program of `abstract.one_step` is compiled for
     the mesh that config.sharding makes of the devices. Figures are of one chip and, but for memory, of one whole step.
@@ -67,8 +72,9 @@ def plan(config: Any, topology: str = "", *, fresh: bool = False, say: Callable[
 
     flops_per_chip, bytes_accessed_per_chip: cost_analysis() counts the body of a loop once, on TPU too; it is multiplied by the
     ratio of our own counts of the optimised HLO with and without loops (`hlo.repeated`), and by a step's calls.
-    collectives: bytes of the whole arrays that they work on. roofline_seconds: for each program the longest of FLOPs, memory and
-    links, by published figures; no step is faster. Links: bytes of collectives over half the bidirectional bandwidth.
+    collectives: bytes of the whole arrays that they work on; "dcn ...": of what each chip sends to other slices. roofline_seconds: for
+    each program the longest of FLOPs, memory, links and network, by published figures; no step is faster. Links: bytes of collectives
+    over half the bidirectional bandwidth. Devices that are set apart for scoring are not planned.
 
     kept: the file that holds what is compiled so far; by default one in ~/.cache/alignment_jax/plans, by config, topology,
     versions and this package's source. fresh: compile all of it anew. say: told of each program.
@@ -87,7 +93,7 @@ def plan(config: Any, topology: str = "", *, fresh: bool = False, say: Callable[
             programs.pop("init")
             state, frozen = programs["apply"].arguments[0], programs["rollout"].arguments[1]
             there = {id(x) for x in jax.tree.leaves((state, frozen))}
-            done |= {"names": list(programs), "stays": stays(state, frozen)}
+            done |= {"names": list(programs), "stays": stays(state, frozen), "fsdp": sizes_of_fsdp(on, (state.trained, frozen["params"]))}
             for i, (name, program) in enumerate(programs.items(), 1):
                 if name not in done["programs"]:
                     say(f"compiling {name} ({i} of {len(programs)})")
@@ -105,9 +111,10 @@ def described(topology: str) -> tuple[list[Any], Chip | None]:
     """
     if not topology:
         return jax.devices(), None
+    slices, one = _slices(topology)
     names = [f"{name}:{shape}" for name, chip in CHIPS.items() for shape in chip.shapes]
-    if topology not in names:
-        raise ValueError(f"topology {topology!r} is not known." + nearest(topology, names))
+    if one not in names or slices < 1:
+        raise ValueError(f"topology {topology!r} is not known." + nearest(one, names) + "; N slices of one: 2xv5e:4x4")
     found = importlib.util.find_spec("libtpu")
     if found is None or found.origin is None:
         raise ImportError('--topology compiles with libtpu, which is not installed: pip install "jax[tpu]" (or libtpu; on Linux only, no '
@@ -116,12 +123,20 @@ def described(topology: str) -> tuple[list[Any], Chip | None]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is touched: several plans, or a plan beside a run
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices), CHIPS[topology.split(":")[0]]
+    more = {"num_slices": slices} if slices > 1 else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=one, **more).devices), CHIPS[one.split(":")[0]]
+
+
+def _slices(topology: str) -> tuple[int, str]:
+    """(number of slices, the topology of one)."""
+    several = re.match(r"(\d+)x(?=[a-z])(.*)", topology)
+    return (int(several[1]), several[2]) if several else (1, topology)
 
 
 def chips(topology: str) -> int:
-    """The number of chips of a topology such as "v5e:4x4"."""
-    return math.prod(int(n) for n in topology.split(":")[1].split("x"))
+    """The number of chips of a topology such as "v5e:4x4" or "2xv5e:4x4"."""
+    slices, one = _slices(topology)
+    return slices * math.prod(int(n) for n in one.split(":")[1].split("x"))
 
 
 def key(config: Any, topology: str, devices: list[Any]) -> str:
@@ -148,6 +163,18 @@ def stays(state: Any, frozen: Tree) -> dict[str, int]:
     parts = {"parameters": (frozen["params"], state.trained), "reward": frozen["reward"], "optimizer": (state.opt_state, state.own),
              "ema": state.ema, "copies": state.copies, "other": (frozen["null"], state.extra, state.step, state.key)}  # fmt: skip
     return {name: size(tree) for name, tree in parts.items()}
+
+
+def sizes_of_fsdp(on: sharding.Layout, tree: Tree) -> list[int]:
+    """Over how many of the devices that one part of the batch does not need the arrays could be cut."""
+    most, able = on.mesh.shape["data"] * on.mesh.shape["fsdp"], []
+    for fsdp in (n for n in range(1, most + 1) if most % n == 0):
+        axes = dict(on.mesh.shape) | {"data": most // fsdp, "fsdp": fsdp}
+        with contextlib.suppress(ValueError):
+            mesh: Any = AbstractMesh(tuple(axes.values()), tuple(axes))
+            sharding.shardings(sharding.Layout(mesh, on.rules), tree)
+            able.append(fsdp)
+    return able
 
 
 def size(tree: Tree) -> int:
@@ -211,8 +238,9 @@ def result(config: Any, topology: str, chip: Chip | None, on: sharding.Layout, s
         for one in p.get("collectives", []):
             kind = kinds.setdefault(one["kind"], {"kind": one["kind"], "bytes": 0, "count": 0})
             kind["bytes"], kind["count"] = kind["bytes"] + p["calls"] * one["bytes"], kind["count"] + p["calls"] * one["count"]
-    bound = lambda p: max(p["flops"] / chip.flops, p["bytes"] / chip.bandwidth,
-                          sum(one["bytes"] for one in p["collectives"]) / (chip.links / 2)) if chip else 0.0  # fmt: skip
+    sent = lambda p, out: sum(one["bytes"] for one in p["collectives"] if one["kind"].startswith("dcn ") == out)
+    bound = lambda p: max(p["flops"] / chip.flops, p["bytes"] / chip.bandwidth, sent(p, False) / (chip.links / 2),
+                          sent(p, True) / chip.network) if chip else 0.0  # fmt: skip
     prompts, group, micro = sizes
     out = {
         "fits": None if limit is None else bool(total <= limit and not too_large), "topology": topology or devices[0].device_kind,
@@ -224,7 +252,7 @@ def result(config: Any, topology: str, chip: Chip | None, on: sharding.Layout, s
         "roofline_source": SOURCE if chip else None,
         "effective_batch": {"samples": prompts * group, "prompts": prompts, "group": group,
                             "microbatch_per_chip": micro / sharding.shards(on.mesh), "updates": int(config.batch.get("updates", 1))},
-        "does_not_compile": too_large, "programs": programs,
+        "does_not_compile": too_large, "fsdp_sizes": done["fsdp"], "programs": programs,
     }  # fmt: skip
     return out | {"advice": [] if out["fits"] is not False else advice(config, out)}
 
@@ -257,12 +285,12 @@ def advice(config: Any, found: dict[str, Any]) -> list[str]:
     """What to change in a config that does not fit, what promises most first, with the figures."""
     hbm, mesh, options = found["hbm_per_chip_bytes"], found["mesh"], dict(config.get("model_options") or {})
     stay, peak, passing = sum(hbm[k] for k in ("parameters", "optimizer", "ema", "copies")), hbm["peak"], hbm["temporaries"]
-    parts, most = mesh["dcn"] * mesh["data"] * mesh["fsdp"], found["chips"] // mesh["tensor"] // mesh["dcn"]
+    parts, most = mesh["dcn"] * mesh["data"] * mesh["fsdp"], max(found["fsdp_sizes"])
     each = found["effective_batch"]["microbatch_per_chip"]
     less = stay * mesh["fsdp"] / most
     ways = [
-        (stay - less, mesh["fsdp"] < most, f"sharding.fsdp={most} and data=1: parameters, optimiser and copies, {amount(stay)} a chip, "
-         f"become about {amount(less)}"),
+        (stay - less, mesh["fsdp"] < most, f"sharding.fsdp={most} and data={mesh['data'] * mesh['fsdp'] // most}: parameters, optimiser "
+         f"and copies, {amount(stay)} a chip, become about {amount(less)}"),
         (hbm["parameters"] / 2, options.get("param_dtype") == "float32" and bool(config.get("lora")), "model_options.param_dtype=bfloat16: "
          f"parameters of {amount(hbm['parameters'])} a chip become about half"),
         (hbm["reward"] / 2, hbm["reward"] > 0.1 * hbm["total"] and "bfloat16" not in str(config.get("reward")), "a reward with "

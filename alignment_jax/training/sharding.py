@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..rewards.base import Reward
@@ -39,7 +40,7 @@ class Layout(NamedTuple):
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices on the axes dcn (slices), data, fsdp, tensor; of one axis the size may be -1, what is left: data by default.
+    """All devices on the axes dcn (slices, or hosts), data, fsdp, tensor; of one axis the size may be -1, what is left: data by default.
 
     Axes are Auto: linen's layers do not run on explicit ones. Raises ValueError where they do not divide the devices.
     """
@@ -58,13 +59,11 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
         sizes[left[0]] = len(devices) // known
     shape = tuple(sizes[axis] for axis in AXES)
     auto = (AxisType.Auto,) * len(AXES)
-    slices = {getattr(d, "slice_index", 0) for d in devices}
+    slices, processes = {getattr(d, "slice_index", 0) for d in devices}, {d.process_index for d in devices}
     if len(slices) > 1 and sizes["dcn"] != len(slices):
         raise ValueError(f"the devices are on {len(slices)} slices, between which the network is slow; set sharding.dcn={len(slices)}")
-    if len(slices) > 1:
-        from jax.experimental.mesh_utils import create_hybrid_device_mesh
-
-        grid = create_hybrid_device_mesh((1, *shape[1:]), (sizes["dcn"], 1, 1, 1), devices)
+    if sizes["dcn"] > 1 and sizes["dcn"] in (len(slices), len(processes)):  # what each holds stays together; a GPU host is a slice
+        grid = create_hybrid_device_mesh((1, *shape[1:]), (sizes["dcn"], 1, 1, 1), devices, process_is_granule=len(slices) == 1)
         return Mesh(grid, AXES, axis_types=auto)
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 

@@ -118,7 +118,7 @@ def update(programs: Programs, state: TrainState, frozen: Tree, keys: Array, ite
     share = np.where(np.arange(c.size * c.parts) < n, np.float32(1 / n), np.float32(0))  # what fills up weighs nothing
     total = None
     for i, (k, t) in enumerate(microbatches((keys, items), c)):
-        s = share[i :: c.parts]
-        part = programs.gradient(learned(state), state.copies, frozen, k, with_cond(t, cond), s)
+        part = programs.gradient(learned(state), state.copies, frozen, k, with_cond(t, cond), share[i :: c.parts])
         total = part if total is None else programs.accumulate(total, part)
+        del k, t, part  # else they lie there while the next ones are made, and while the update is
     return programs.apply(state, total)

@@ -22,7 +22,8 @@ FORMS = list({entry.family: name for name, entry in reversed(ALGORITHMS.items())
 FEW = ["ddpo", "diffusion_dpo"]  # two processes compile everything twice
 TO_THE_FROZEN = ("d3po", "spo", "lpo")  # their ratio is to the base, whose program is another: 1 to rounding, once
 LAYOUTS = {"data": {}, "fsdp": {"fsdp": 8, "data": 1}, "data, fsdp and tensor": {"data": 2, "fsdp": 2, "tensor": 2},
-           "pmap": {"backend": "pmap"}, "two processes, fsdp": {"fsdp": 4, "data": 2}}  # fmt: skip
+           "pmap": {"backend": "pmap"}, "two processes, fsdp": {"fsdp": 4, "data": 2},
+           "two processes, dcn and fsdp": {"dcn": 2, "data": 2, "fsdp": 2}}  # fmt: skip
 SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 from alignment_jax.training import distributed, sharding
@@ -34,6 +35,8 @@ settings = {settings!r}
 if "tensor" in settings:
     settings["rules"] = [("dense_1/kernel$", (None, "tensor")), ("out/kernel$", ("tensor", None))]
 on = sharding.layout(settings)
+if "dcn" in settings:  # each process is a slice
+    assert [{{d.process_index for d in part.ravel()}} for part in on.mesh.devices] == [{{0}}, {{1}}]
 on = on._replace(rules=on.rules[:2])
 run, data = worlds.mixture_run, worlds.mixture_data
 worlds.build = lambda parts: sharding.programs(on, parts)
@@ -56,7 +59,7 @@ if jax.process_index() == 0:
 
 
 @pytest.mark.parametrize(("kind", "names"), [
-    *(pytest.param(kind, FEW if "processes" in kind else FORMS, id=f"{kind}-some") for kind in LAYOUTS),
+    *(pytest.param(kind, FEW if "processes" in kind else FORMS, id=f"{kind}-some") for kind in LAYOUTS if kind != "two processes, fsdp"),
     *(pytest.param(kind, list(ALGORITHMS), id=f"{kind}-all", marks=pytest.mark.slow) for kind in LAYOUTS),
 ])  # fmt: skip
 def test_eight_devices_equal_one(kind, names, tmp_path):
@@ -118,7 +121,13 @@ def test_what_cannot_be_cut_and_rules_without_a_parameter_are_errors(layout, sha
 ])  # fmt: skip
 def test_a_mesh_that_does_not_divide_the_devices_is_refused(sizes, says):
     with pytest.raises(ValueError, match=says):
-        sharding.make_mesh(sizes, [object()] * 8)
+        sharding.make_mesh(sizes, [SimpleNamespace(process_index=0)] * 8)
+
+
+def test_devices_of_several_slices_ask_for_the_axis_between_them():
+    devices = [SimpleNamespace(slice_index=i // 4, process_index=i // 4) for i in range(8)]
+    with pytest.raises(ValueError, match="on 2 slices, between which the network is slow; set sharding.dcn=2"):
+        sharding.make_mesh({"data": -1}, devices)
 
 
 def test_an_unknown_backend_and_pmap_with_cut_parameters_are_refused():
