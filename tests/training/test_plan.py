@@ -135,7 +135,8 @@ ONE_GRADIENT = """
 program = abstract.one_step(c, on=sharding.layout({"data": 1, "fsdp": 4}, jax.devices()[:4]))["gradient"]
 module = hlo.parse(program.function.lower(*program.arguments).compile().as_text())
 trained = program.arguments[0]
-out = {"found": [list(one) for one in hlo.collectives(module, hlo.loops(module))], "trained": count(trained),
+cut = [x for x in jax.tree.leaves(program.arguments[:3]) if not x.sharding.is_fully_replicated]
+out = {"found": [list(one) for one in hlo.collectives(module, hlo.loops(module))], "trained": count(trained), "cut": count(cut),
        "largest": max(count(x) for x in jax.tree.leaves(trained))}
 """
 CALLED = """
@@ -243,6 +244,7 @@ def test_an_fsdp_gradient_gathers_parameters_one_by_one_and_reduces_each_about_o
     found = facts(SD.format(folder=str(tmp_path)) + ONE_GRADIENT, 4)
     gathered = [c for c in found["found"] if c[0] == "all-gather"]
     assert gathered and max(c[2] for c in gathered) <= found["largest"]
+    assert 0.9 < sum(c[1] * c[3] for c in gathered) / found["cut"] < 2.2, "once for the forward pass, and at most once more for the backward one"
     reduced = sum(c[1] * c[3] for c in found["found"] if c[0] in ("all-reduce", "reduce-scatter"))
     assert 0.5 * found["trained"] < reduced < 2 * found["trained"]
 
