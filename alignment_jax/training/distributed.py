@@ -86,7 +86,8 @@ def _call(me: Place, patience: float) -> None:
             with contextlib.suppress(OSError, ValueError):  # nobody came, or somebody who is none of us
                 peer = stack.enter_context(server.accept()[0])
                 peer.settimeout(min(5.0, patience))
-                here[int(peer.makefile().readline())] = peer
+                number = int(peer.makefile().readline())
+                here |= {number: peer} if 0 < number < me.processes else {}
         missing = sorted(set(range(1, me.processes)) - here.keys())
         said = missing and (f"process {', '.join(map(str, missing))} of {me.processes} did not come to {me.host}:{me.port} within "
                             f"{patience:g} s; is it running there, and is the port open between the hosts?")  # fmt: skip
@@ -99,7 +100,11 @@ def _call(me: Place, patience: float) -> None:
 
 def _server(port: int) -> socket.socket:
     both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    except OSError as error:
+        raise ConnectionError(f"process 0 cannot listen on port {port} ({error}); is an earlier run still there? Else take another port in "
+                              "JAX_COORDINATOR_ADDRESS") from error  # fmt: skip
 
 
 def _answer(me: Place, patience: float) -> None:

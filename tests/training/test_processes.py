@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,6 +105,27 @@ def test_when_a_process_is_killed_the_other_ends_in_time_and_the_same_command_go
     assert codes == [75, 75] and f"resumed         from step {last}" in said[0] and "stopped at step" in said[0], said[0][-2000:]
 
 
+@pytest.mark.slow
+def test_twenty_kills_of_one_of_two_processes_lose_an_interval_each_and_end_with_the_same_arrays(tmp_path):
+    codes, said = ended(start(tmp_path / "straight", 2, steps="plain150"))
+    assert codes == [0, 0], said
+    rng, run, log = np.random.default_rng(0), tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    kept = lambda: max((int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+    for _ in range(20):
+        before, both, until = kept(), start(run, 2, steps="plain150", patience=9), time.monotonic() + 120
+        while not (log.exists() and rows(run) and rows(run)[-1]["step"] > before) and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1))
+        one = int(rng.integers(2))
+        both[one].kill()
+        killed, text = time.monotonic(), both[1 - one].communicate(timeout=60)[0]
+        assert time.monotonic() - killed < 30 and both[1 - one].returncode != 0, text
+        assert kept() <= rows(run)[-1]["step"] <= kept() + 2, "an interval is two steps"
+    codes, said = ended(start(run, 2, steps="plain150"))
+    assert codes == [0, 0] and "resumed         from step" in said[0], said
+    np.testing.assert_allclose(trained(run), trained(tmp_path / "straight"), atol=1e-6)
+
+
 def test_hosts_with_different_configs_are_named_with_both_hashes(tmp_path):
     codes, said = ended(start(tmp_path / "run", 2, [], ["--config.seed=1"]))
     assert codes == [2, 2]
@@ -165,6 +188,28 @@ def test_where_jax_finds_out_by_itself_slurm_says_who_is_who(monkeypatch, node, 
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert distributed.place() == (node.replace("[003-004]", "003").split(",")[0], port, 2, 1)
+
+
+def test_the_roll_is_called_among_strangers_and_a_port_that_is_taken_is_said():
+    """A health check that says nothing it knows, and a process of another run, are not counted."""
+    port = several.free_port()
+    one = distributed.Place("127.0.0.1", port, 2, 1)
+    with ThreadPoolExecutor() as pool:
+        called = pool.submit(distributed._call, one._replace(number=0), 20.0)
+        for said in (b"GET / HTTP/1.1\n", b"7\n"):
+            until = time.monotonic() + 10
+            while time.monotonic() < until:
+                try:
+                    with socket.create_connection(("127.0.0.1", port)) as stranger:
+                        stranger.sendall(said)
+                    break
+                except OSError:
+                    time.sleep(0.05)
+        assert not called.done()
+        distributed._answer(one, 20.0)
+        assert called.result(timeout=20) is None
+    with socket.create_server(("", port)), pytest.raises(ConnectionError, match=f"cannot listen on port {port} .*is an earlier run still"):
+        distributed._call(one._replace(number=0), 1.0)
 
 
 def test_half_an_environment_is_refused(monkeypatch):
