@@ -36,9 +36,9 @@ def few_compiled_programs():
 
 
 TOYS = {f"test_{name}.py" for name in """
-    attention_maps closed_forms count drivers embedding every_algorithm every_method export full_evaluation guidance host_rewards
-    noise_optimisation notebooks online_preference particles policy_gradient preference processes scorers sharding
-    stable_diffusion steered_stable_diffusion""".split()}
+    attention_maps closed_forms compare count drivers embedding every_algorithm every_method export full_evaluation guidance
+    host_rewards noise_optimisation notebooks online_preference particles policy_gradient preference processes runs score_judge scorers
+    sharding stable_diffusion steered_stable_diffusion""".split()}
 
 
 @pytest.fixture(scope="module", autouse=True)
