@@ -21,6 +21,7 @@ from alignment_jax.weights.torch_names import torch_name, torch_shape
 
 KINDS = ("sd15", "sd21", "sdxl")
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+SHALLOW = {"block_out_channels": [16], "down_block_types": [CROSS_DOWN], "up_block_types": [CROSS_UP]}  # sd15's UNet, of one level
 
 
 def _text(vocabulary: int, end: int, **more) -> dict:
@@ -79,10 +80,11 @@ def configs(kind: str) -> dict:
     return files
 
 
-def write(kind: str, folder: Path) -> Path:
-    """Fills a folder; the weights follow from their names alone."""
-    folder = Path(folder)
-    for name, value in configs(kind).items():
+def write(kind: str, folder: Path, **unet) -> Path:
+    """Fills a folder; the weights follow from their names alone. unet: other values in the UNet's config."""
+    folder, files = Path(folder), configs(kind)
+    files["unet/config.json"] |= unet
+    for name, value in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value, indent=1))
     for place in ("tokenizer", "tokenizer_2") if kind == "sdxl" else ("tokenizer",):
