@@ -48,7 +48,9 @@ class Source:
             raise ValueError("the data set is empty; nothing can be drawn from it")
         order = grain.MapDataset.range(n).seed(seed).shuffle().repeat()
         # the order has no end, so nothing is dropped; rounding its length up would overflow at batches of 1
-        self._iterator = iter(order.batch(batch * shard[1], drop_remainder=True).to_iter_dataset())
+        # by this thread, when asked: numbers cost nothing, and threads that draw hundreds ahead hold the interpreter for seconds
+        alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        self._iterator = iter(order.batch(batch * shard[1], drop_remainder=True).to_iter_dataset(read_options=alone))
         self._rows = slice(shard[0] * batch, (shard[0] + 1) * batch)
         self._make, self._seed, self._shard, self._position = make, seed, shard, 0
         self.prompts: Sequence[str] = ()  # what a prompt source draws from

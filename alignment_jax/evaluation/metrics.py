@@ -59,8 +59,7 @@ METRICS: dict[str, str] = {
     "pairs/age": "Mean age of the counted pairs, in steps; 0 when all were drawn by this step.",
     "<head>/clean": "A recogniser's accuracy on held-out renders: one attribute, or all of them.",
     "<head>/augmented": "The same on augmented renders; far below clean: easy to fool as a reward.",
-    "seconds/<part>": "Of the steps that are profiled: waiting for data, rollout, reward, anchor, update, one after the other; "
-    "host_wait: data, and what a host reward took while no device had work.",  # fmt: skip
+    "seconds/<part>": "Of profiled steps: data, rollout, reward, anchor, update; host_wait: data and a host reward's last answers.",
     "model_tflops": "Of the steps that are profiled: TFLOP a second of one device, nothing that is computed twice counted.",
     "mfu": "Of the steps that are profiled: model FLOP utilisation, the share of a known device's peak in bfloat16 that model_tflops is.",
     "images_per_second": "Samples drawn and learned from, per second of this step.",

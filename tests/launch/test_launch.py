@@ -460,7 +460,7 @@ def in_job(stubs: Path, run: str, nodes: str = "2", gpus: str = "4", wait: str =
 def test_a_slurm_process_sees_all_gpus_of_its_node(stubs, nodes, gpus, seen):
     names = ["JAX_LOCAL_DEVICE_IDS", "ALIGNMENT_JAX_DISTRIBUTED", "SRUN_CPUS_PER_TASK"]
     job = in_job(stubs, f"print(json.dumps([sys.argv[1:], [os.environ.get(k) for k in {names}]])); sys.exit(6)", nodes, gpus)
-    out, _ = job.communicate(timeout=10)
+    out, _ = job.communicate(timeout=30)
     assert json.loads(out) == [["--kill-on-bad-exit=1", "python", "-m", "alignment_jax", *TRAIN], seen]
     assert job.returncode == 6 and calls(stubs) == []
 
@@ -472,7 +472,7 @@ def test_a_slurm_job_waits_until_the_run_has_saved(stubs, number, wanted):
     job = in_job(stubs, "print('up', flush=True); time.sleep(2); print('saved', flush=True)\n")
     assert job.stdout is not None and job.stdout.readline() == "up\n"
     job.send_signal(number)
-    out, _ = job.communicate(timeout=10)
+    out, _ = job.communicate(timeout=30)
     assert out == "saved\n" and job.returncode == 0 and calls(stubs) == wanted
 
 
@@ -496,7 +496,7 @@ def test_two_local_processes_know_who_they_are(stubs):
     names = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PLATFORMS", "XLA_FLAGS"]
     job = local(stubs, f"import json; print(json.dumps([me, sys.argv[1:], *[os.environ[k] for k in {names}]]), end='')", "--devices=4",
                 XLA_FLAGS="--xla_a")  # fmt: skip
-    out, _ = job.communicate(timeout=10)
+    out, _ = job.communicate(timeout=30)
     assert job.returncode == 0
     said = {line[:11]: json.loads(line[12:]) for line in out.splitlines()}
     assert sorted(said) == ["[process 0]", "[process 1]"] and [said[k][0] for k in sorted(said)] == ["0", "1"]
@@ -519,7 +519,7 @@ def test_a_local_process_that_fails_ends_the_others_and_its_code_is_passed_on(st
     job = local(stubs, "if me == '1': sys.exit(7)\n"
                        "signal.signal(signal.SIGTERM, lambda *_: (print('told', flush=True), sys.exit(0)))\n"
                        "time.sleep(60)\n", "--processes=3")  # fmt: skip
-    job.communicate(timeout=10)
+    job.communicate(timeout=30)
     assert job.returncode == 7 and time.time() - began < 8
 
 
@@ -550,6 +550,6 @@ def test_a_signal_to_local_goes_to_all_once_and_they_end_in_their_own_time(stubs
     assert job.stdout is not None
     assert sorted(job.stdout.readline() for _ in range(2)) == ["[process 0] up\n", "[process 1] up\n"]
     os.killpg(job.pid, number)
-    out, _ = job.communicate(timeout=10)
+    out, _ = job.communicate(timeout=30)
     assert job.returncode == 0
     assert sorted(out.splitlines()) == sorted(f"[process {i}] {w}" for i in range(2) for w in (f"told {int(number)}", "saved"))
