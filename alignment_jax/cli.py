@@ -188,8 +188,9 @@ def preflight(rest: Sequence[str]) -> None:
     import jax
 
     from .training import preflight as hosts
+    from .training import workdir
 
-    found = hosts.preflight(hosts.facts(FLAGS.config, Path(FLAGS.workdir).expanduser().absolute()))
+    found = hosts.preflight(hosts.facts(FLAGS.config, workdir.folder(FLAGS.workdir)))
     if jax.process_index() == 0:
         print(hosts.text(found), flush=True)
 

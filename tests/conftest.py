@@ -55,6 +55,15 @@ def quick_compilation(request):
         jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """A test that fails leaves no process of `several` that trains on."""
+    yield
+    import several
+
+    several.stop_all()
+
+
 @pytest.fixture(scope="session")
 def parity_python() -> str:
     """The interpreter that has torch, diffusers, transformers and open_clip, for the tests marked parity."""

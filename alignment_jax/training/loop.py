@@ -25,7 +25,7 @@ from .interrupt import PREEMPTED, Interrupt
 from .logging import MetricLog, read
 from .programs import Programs
 from .state import TrainState
-from .workdir import claim, stopped, whose
+from .workdir import claim, folder, stopped, whose
 
 Tree = Any
 
@@ -209,9 +209,7 @@ def train(config: Any, workdir: str | Path, profile: tuple[int, int] | None = No
     is PREEMPTED, by which whoever started the run can tell that it is to be started again.
     """
     began = time.time()
-    if "://" in str(workdir):
-        raise ValueError(f"workdir {workdir} is an address, and a folder is needed; mount the bucket (gcsfuse) and name the folder")
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = folder(workdir)
     whose(workdir, config)
     stopping, (first, until) = 0, profile or (0, -1)
     if first > config.steps:
@@ -366,7 +364,7 @@ def evaluate_run(workdir: str | Path) -> dict[str, Any]:
     """Judges the newest checkpoint of a run anew; rewrites its report and returns the summary."""
     import ml_collections
 
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = folder(workdir)
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"no run at {workdir}: it has no config.json")
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))

@@ -9,6 +9,13 @@ from typing import Any
 from .checkpoint import plain, save_json
 
 
+def folder(workdir: str | Path) -> Path:
+    """The workdir as it was asked for, absolute. Raises ValueError for an address such as gs://..."""
+    if "://" in str(workdir):
+        raise ValueError(f"workdir {workdir} is an address, and a folder is needed; mount the bucket (gcsfuse) and name the folder")
+    return Path(workdir).expanduser().absolute()
+
+
 def whose(workdir: Path, config: Any) -> None:
     """Raises ValueError when the workdir holds a run of another config, saying what differs; where it runs may differ, and so may
     batch.microbatch, which has to divide over the devices."""

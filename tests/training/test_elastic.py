@@ -104,13 +104,6 @@ def work(world, folder, axes, job):
     (folder / f"{job} {jax.process_index()}.json").write_text(json.dumps(facts | {"metrics": metrics}))
 
 
-@pytest.fixture(autouse=True)
-def none_is_left():
-    """A test that fails leaves no process that trains on."""
-    yield
-    several.stop_all()
-
-
 @pytest.fixture(scope="module")
 def did(tmp_path_factory):
     """did(layout, job) -> what it wrote; JOBS are done once, each line by processes of its own, after what they go on from.
