@@ -19,6 +19,7 @@ from ..models.recogniser import PatchResNet, StridedCNN
 from ..rewards.augment import augment
 from ..rewards.recognise import RecogniserState, accuracy, train_step
 from .logging import MetricLog
+from .workdir import folder
 
 NETWORKS = {"strided_cnn": StridedCNN, "patch_resnet": PatchResNet}
 
@@ -43,7 +44,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     """
     from tqdm import tqdm
 
-    workdir = Path(workdir).expanduser()
+    workdir = folder(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     model = network(config)
     arrays = load_arrays("train", config.data_dir)

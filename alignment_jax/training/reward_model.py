@@ -30,7 +30,7 @@ from .checkpoint import Checkpointer, save_json
 from .interrupt import Interrupt
 from .logging import MetricLog
 from .state import TrainState
-from .workdir import claim, whose
+from .workdir import claim, folder, whose
 
 Array = jax.Array
 Tree = Any
@@ -84,7 +84,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = folder(workdir)
     whose(workdir, config)
     about = {k: config[k] for k in ("reads", "trunk", "width", "model", "layers", "own")} | {"people": []}
     bundle = trained.network(about).bundle  # what is wrong is said before pairs are read

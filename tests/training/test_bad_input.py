@@ -10,7 +10,7 @@ from alignment_jax import weights
 from alignment_jax.models import ASSETS, critters
 from alignment_jax.rewards.base import Reward
 from alignment_jax.rewards.check import probe, score_host
-from alignment_jax.training import loop, stream, workdir
+from alignment_jax.training import loop, recogniser, reward_model, stream, workdir
 from alignment_jax.training.selfcheck import tiny_config
 
 
@@ -66,8 +66,9 @@ def test_pictures_of_another_size_or_kind_are_refused(tmp_path):
 
 
 def test_a_workdir_in_a_bucket_is_refused_and_not_made_a_local_folder():
-    with pytest.raises(ValueError, match="gs://bucket/run is an address, and a folder is needed"):
-        loop.train(changed(), "gs://bucket/run")
+    for train in (loop.train, reward_model.train, recogniser.train):
+        with pytest.raises(ValueError, match="gs://bucket/run is an address, and a folder is needed"):
+            train(changed(), "gs://bucket/run")
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest():
