@@ -118,11 +118,18 @@ def trip_count(module: Module, where: str, op: Instruction) -> int | None:
 
 
 def collectives(module: Module, runs: Loops) -> list[Collective]:
-    """Every collective that runs, also the asynchronous ones (by their start); those in loops as often as the loop goes round."""
-    found = []
+    """Every collective that runs, also the asynchronous ones (by their start); those in loops as often as the loop goes round.
+
+    A TPU runs one beside other work as pieces inside fusions, each written as the whole collective; they share its channel.
+    """
+    found, fused, seen = [], fusions(module), set()
     for name, body in module.computations.items():
         types = {op.name: op.type for op in body}
         for op in body:
+            channel = re.search(r"\bchannel_id=(\d+)", op.attributes) if name in fused and runs.times[name] else None
+            if channel and (op.opcode, channel[1]) in seen:
+                continue
+            seen |= {(op.opcode, channel[1])} if channel else set()
             kind = op.opcode.removesuffix("-start")
             between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if op.opcode == "send" else None
             if between and runs.times[name]:  # what a TPU's host sends to other slices, after the slice's own chips have shared the work
@@ -136,11 +143,16 @@ def collectives(module: Module, runs: Loops) -> list[Collective]:
     return found
 
 
+def fusions(module: Module) -> set[str]:
+    """Names of the computations that are a fusion's body."""
+    return {_called(op, "calls") for body in module.computations.values() for op in body if op.opcode == "fusion"}
+
+
 def repeated(module: Module, runs: Loops) -> tuple[float, float]:
     """By how much (flops, bytes accessed) of the program exceed what is counted with every loop body once."""
     flops = {name: sum(_flops(op, types) for op in body)
              for name, body in module.computations.items() for types in [{op.name: op.type for op in body}]}  # fmt: skip
-    fused = {_called(op, "calls") for body in module.computations.values() for op in body if op.opcode == "fusion"}
+    fused = fusions(module)
     moved = {name: sum(_moved(module, op, types) for op in body)
              for name, body in module.computations.items() if name not in fused
              for types in [{op.name: op.type for op in body}]}  # fmt: skip

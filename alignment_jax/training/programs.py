@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from ..algorithms.base import Algorithm, Networks
 from ..diffusion import Denoise, guided
@@ -110,10 +111,12 @@ def differentiable_reward(parts: Parts, frozen: Tree, keys: Array, x0: Array, co
     return parts.reward.score(frozen["reward"], observation, condition)
 
 
-def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: Callable[[Tree], Tree] = lambda tree: tree) -> Programs:
+def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: Callable[[Tree], Tree] = lambda tree: tree,
+          layers: Callable[[Tree], Tree] = lambda tree: tree) -> Programs:  # fmt: skip
     """Compiles nothing yet: each program compiles at its first call, and only then.
 
-    kept(tree), cut(tree) -> tree: inside a program, say where on the devices a state and gradients lie, and a batch (see `sharding`).
+    kept(tree), cut(tree), layers(tree) -> tree: inside a program, say where on the devices a state and gradients lie, a batch, and
+    what every layer of a network gives (see `sharding`).
     """
     algorithm, bundle = parts.algorithm, parts.bundle
 
@@ -191,7 +194,13 @@ def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: C
 
     def on_batch(program: Callable[..., Tree], same: int) -> Callable[..., Tree]:
         """The jitted program, whose arguments after the first `same` are batches."""
-        return jax.jit(wraps(program)(lambda *arguments: program(*arguments[:same], *cut(arguments[same:]))))
+
+        @wraps(program)
+        def called(*arguments: Tree) -> Tree:
+            with nn.intercept_methods(lambda layer, inputs, options, _: layers(layer(*inputs, **options))):
+                return program(*arguments[:same], *cut(arguments[same:]))
+
+        return jax.jit(called)
 
     return Programs(
         init=jax.jit(init), encode=on_batch(encode, 1), to_samples=on_batch(to_samples, 1), to_pictures=on_batch(to_pictures, 1),

@@ -173,10 +173,26 @@ def cut(on: Layout, tree: Tree) -> Tree:
     return tree if on.mesh.size == 1 else jax.tree.map(one, tree)
 
 
+def layers(on: Layout, tree: Tree) -> Tree:
+    """Inside a compiled program: what a layer gives, [B,N,C] or [B,H,W,C], is cut over the devices by its batch, if B divides.
+
+    Else the compiler cuts it now and then as fsdp cuts a kernel, and sends activations in place of parameters.
+    """
+    whole = shards(on.mesh)
+
+    def one(x: jax.Array) -> jax.Array:
+        if x.ndim < 3 or x.shape[0] % whole:
+            return x
+        where = PartitionSpec(*BATCH, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))  # over tensor as the rules for kernels make it
+        return jax.lax.with_sharding_constraint(x, NamedSharding(on.mesh, where))
+
+    return tree if on.mesh.size == 1 else jax.tree.map(one, tree)
+
+
 def programs(on: Layout, parts: Parts) -> Programs:
     """The programs of a run's parts on a layout, by its backend."""
     stays = partial(kept, on)
-    return pmapped(on, build(parts, stays)) if on.backend == "pmap" else build(parts, stays, partial(cut, on))
+    return pmapped(on, build(parts, stays)) if on.backend == "pmap" else build(parts, stays, partial(cut, on), partial(layers, on))
 
 
 def pmapped(on: Layout, programs: Programs) -> Programs:
