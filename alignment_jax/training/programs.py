@@ -112,11 +112,11 @@ def differentiable_reward(parts: Parts, frozen: Tree, keys: Array, x0: Array, co
 
 
 def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: Callable[[Tree], Tree] = lambda tree: tree,
-          layers: Callable[[Tree], Tree] = lambda tree: tree) -> Programs:  # fmt: skip
+          layer: Callable[[nn.Module, Array], Array] = lambda module, x: x) -> Programs:  # fmt: skip
     """Compiles nothing yet: each program compiles at its first call, and only then.
 
-    kept(tree), cut(tree), layers(tree) -> tree: inside a program, say where on the devices a state and gradients lie, a batch, and
-    what every layer of a network gives (see `sharding`).
+    kept(tree), cut(tree), layer(module, x): inside a program, say where on the devices a state and gradients lie, a batch, and what
+    a layer of a network gives (see `sharding`).
     """
     algorithm, bundle = parts.algorithm, parts.bundle
 
@@ -195,9 +195,12 @@ def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: C
     def on_batch(program: Callable[..., Tree], same: int) -> Callable[..., Tree]:
         """The jitted program, whose arguments after the first `same` are batches."""
 
+        def placed(call: Callable[..., Tree], inputs: Any, options: Any, context: Any) -> Tree:
+            return jax.tree.map(partial(layer, context.module), call(*inputs, **options))
+
         @wraps(program)
         def called(*arguments: Tree) -> Tree:
-            with nn.intercept_methods(lambda layer, inputs, options, _: layers(layer(*inputs, **options))):
+            with nn.intercept_methods(placed):
                 return program(*arguments[:same], *cut(arguments[same:]))
 
         return jax.jit(called)

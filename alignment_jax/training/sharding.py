@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -173,26 +174,24 @@ def cut(on: Layout, tree: Tree) -> Tree:
     return tree if on.mesh.size == 1 else jax.tree.map(one, tree)
 
 
-def layers(on: Layout, tree: Tree) -> Tree:
-    """Inside a compiled program: what a layer gives, [B,N,C] or [B,H,W,C], is cut over the devices by its batch, if B divides.
+def layer(on: Layout, module: nn.Module, x: jax.Array) -> jax.Array:
+    """Inside a compiled program: what a layer gives is cut over the devices by its batch, if it divides and is no smaller than its kernel.
 
-    Else the compiler cuts it now and then as fsdp cuts a kernel, and sends activations in place of parameters.
+    Else the compiler cuts it now and then by its channels, as fsdp cuts the kernel, and sends what went in and comes out in place of
+    the kernel: less, where pictures are small and kernels large (docs/benchmarks.md).
     """
-    whole = shards(on.mesh)
-
-    def one(x: jax.Array) -> jax.Array:
-        if x.ndim < 3 or x.shape[0] % whole:
-            return x
-        where = PartitionSpec(*BATCH, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))  # over tensor as the rules for kernels make it
-        return jax.lax.with_sharding_constraint(x, NamedSharding(on.mesh, where))
-
-    return tree if on.mesh.size == 1 else jax.tree.map(one, tree)
+    if on.mesh.size == 1 or not module.has_variable("params", "kernel") or x.shape[0] % shards(on.mesh):
+        return x
+    if x.size < jnp.size(module.get_variable("params", "kernel")):
+        return x
+    where = PartitionSpec(*BATCH, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))  # over tensor as the rules for kernels make it
+    return jax.lax.with_sharding_constraint(x, NamedSharding(on.mesh, where))
 
 
 def programs(on: Layout, parts: Parts) -> Programs:
     """The programs of a run's parts on a layout, by its backend."""
     stays = partial(kept, on)
-    return pmapped(on, build(parts, stays)) if on.backend == "pmap" else build(parts, stays, partial(cut, on), partial(layers, on))
+    return pmapped(on, build(parts, stays)) if on.backend == "pmap" else build(parts, stays, partial(cut, on), partial(layer, on))
 
 
 def pmapped(on: Layout, programs: Programs) -> Programs:

@@ -257,8 +257,8 @@ def test_fsdp_divides_parameters_and_optimiser_by_the_chips(tmp_path):
 @pytest.mark.slow
 def test_an_fsdp_gradient_gathers_parameters_one_by_one_reduces_each_about_once_and_sends_nothing_else(tmp_path):
     """Trap: left to itself, the compiler cuts what a convolution gives by its channels, as fsdp cuts the kernel, and sends pictures."""
-    small = facts(SD.format(folder=str(tmp_path)) + ONE_GRADIENT, 4)
-    large = facts(SD.format(folder=str(tmp_path)) + "c.model_options.update(height=32, width=32)\n" + ONE_GRADIENT, 4)
+    script = SD.format(folder=str(tmp_path)) + "c.model_options.update(height=SIDE, width=SIDE)\n" + ONE_GRADIENT
+    small, large = (facts(script.replace("SIDE", side), 4) for side in ("64", "128"))  # where what layers give is larger than kernels
     sent = lambda found, *kinds: sum(c[1] * c[3] for c in found["found"] if c[0] in kinds)
     for found in small, large:
         gathered = [c for c in found["found"] if c[0] == "all-gather"]
