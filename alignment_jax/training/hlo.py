@@ -122,25 +122,23 @@ def collectives(module: Module, runs: Loops) -> list[Collective]:
 
     A TPU runs one beside other work as pieces inside fusions, each written as the whole collective; they share its channel.
     """
-    found, fused, seen = [], fusions(module), set()
+    found, fused = dict[tuple[str, str], Collective](), fusions(module)
     for name, body in module.computations.items():
         types = {op.name: op.type for op in body}
         for op in body:
-            channel = re.search(r"\bchannel_id=(\d+)", op.attributes) if name in fused and runs.times[name] else None
-            if channel and (op.opcode, channel[1]) in seen:
-                continue
-            seen |= {(op.opcode, channel[1])} if channel else set()
             kind = op.opcode.removesuffix("-start")
             between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if op.opcode == "send" else None
             if between and runs.times[name]:  # what a TPU's host sends to other slices, after the slice's own chips have shared the work
                 sent = arrays(types.get(op.operands[0], ""))
-                found.append(Collective(f"dcn {between[1].lower().replace('_', '-')}", sum(sent), max(sent), runs.times[name]))
+                found[name, op.name] = Collective(f"dcn {between[1].lower().replace('_', '-')}", sum(sent), max(sent), runs.times[name])
             if kind in KINDS and runs.times[name]:
                 taken, given = [n for x in op.operands for n in arrays(types.get(x, ""))], arrays(op.type)
                 if kind != op.opcode and len(given) > len(taken):  # (what it takes, what it gives, contexts)
                     given = given[len(taken) : 2 * len(taken)]
-                found.append(Collective(kind, max(sum(taken), sum(given)), max(given, default=0), runs.times[name]))
-    return found
+                channel = re.search(r"\bchannel_id=(\d+)", op.attributes) if name in fused else None
+                one = Collective(kind, max(sum(taken), sum(given)), max(given, default=0), runs.times[name])
+                found.setdefault((op.opcode, channel[1]) if channel else (name, op.name), one)
+    return list(found.values())
 
 
 def fusions(module: Module) -> set[str]:

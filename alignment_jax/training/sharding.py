@@ -167,25 +167,27 @@ def kept(on: Layout, tree: Tree) -> Tree:
     return tree if on.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings(on, tree))
 
 
-def cut(on: Layout, tree: Tree) -> Tree:
-    """Inside a compiled program: a batch's arrays [B, ...] are cut over the devices, if B divides."""
-    whole, where = shards(on.mesh), NamedSharding(on.mesh, BATCH)
-    one = lambda x: jax.lax.with_sharding_constraint(x, where) if x.ndim and x.shape[0] % whole == 0 else x  # noqa: E731
+def cut(on: Layout, tree: Tree, others: Any = None) -> Tree:
+    """Inside a compiled program: a batch's arrays [B, ...] are cut over the devices, if B divides; others: how their other axes are."""
+
+    def one(x: jax.Array) -> jax.Array:
+        if not x.ndim or x.shape[0] % shards(on.mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(on.mesh, PartitionSpec(*BATCH, *[others] * (x.ndim - 1))))
+
     return tree if on.mesh.size == 1 else jax.tree.map(one, tree)
 
 
 def layer(on: Layout, module: nn.Module, x: jax.Array) -> jax.Array:
-    """Inside a compiled program: what a layer gives is cut over the devices by its batch, if it divides and is no smaller than its kernel.
+    """Inside a compiled program: what a layer gives is `cut`, over tensor as its kernel makes it, if it is no smaller than the kernel.
 
     Else the compiler cuts it now and then by its channels, as fsdp cuts the kernel, and sends what went in and comes out in place of
     the kernel: less, where pictures are small and kernels large (docs/benchmarks.md).
     """
-    if on.mesh.size == 1 or not module.has_variable("params", "kernel") or x.shape[0] % shards(on.mesh):
+    if not module.has_variable("params", "kernel") or x.size < jnp.size(module.get_variable("params", "kernel")):
         return x
-    if x.size < jnp.size(module.get_variable("params", "kernel")):
-        return x
-    where = PartitionSpec(*BATCH, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))  # over tensor as the rules for kernels make it
-    return jax.lax.with_sharding_constraint(x, NamedSharding(on.mesh, where))
+    result: jax.Array = cut(on, x, PartitionSpec.UNCONSTRAINED)
+    return result
 
 
 def programs(on: Layout, parts: Parts) -> Programs:

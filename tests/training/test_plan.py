@@ -152,7 +152,7 @@ trained = program.arguments[0]
 cut = [x for x in jax.tree.leaves(program.arguments[:3]) if not x.sharding.is_fully_replicated]
 out = {"found": [list(one) for one in hlo.collectives(module, hlo.loops(module))], "trained": count(trained), "cut": count(cut),
        "largest": max(count(x) for x in jax.tree.leaves(trained)),
-       "picture": 4 * int(np.prod(program.arguments[4]["x0"].shape[1:])) if "x0" in program.arguments[4] else None}
+       "picture": 4 * int(np.prod(program.arguments[4]["x0"].shape[1:]))}
 """
 CALLED = """
 import toy_config
