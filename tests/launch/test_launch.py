@@ -488,6 +488,7 @@ def test_a_slurm_job_that_ends_with_a_mistake_does_not_go_back_into_the_queue(st
 def local(stubs: Path, code: str, *flags: str, **more: str) -> subprocess.Popen:
     """local.sh with a small program in the place of the training command."""
     python = quick_to_start(stubs, "python", "me = os.environ['JAX_PROCESS_ID']\n" + code)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell runs the tests behind, children would ignore it
     return subprocess.Popen([ROOT / "launch/local.sh", *flags, "--", *TRAIN], text=True, stdout=subprocess.PIPE, start_new_session=True,
                             env=environment(stubs, **{"PYTHON": str(python), **more}))  # fmt: skip
 
