@@ -24,8 +24,11 @@ def table() -> str:
         measured = [c for c in curves if c["method"] == name]
         evidence = [f"M {proofs[name]}" if proofs[name] else "", "C" if measured else "",
                     f"S {', '.join(full[name])}" if full[name] else ""]  # fmt: skip
-        head = f"| `{name}` | {entry.family} | {_link(entry.paper)} | {entry.summary} | {'; '.join(filter(None, evidence))} "
-        rows += [head + _measured(c) for c in measured] or [head + "| | | | | | |"]
+        where = f"alignment_jax/{'/'.join(entry.factory.__module__.split('.')[1:])}.py"
+        head = (f"| [`{name}`]({where}) | {entry.family} | {_link(entry.paper)} | {entry.summary} "
+                f"| {'; '.join(filter(None, evidence))} ")  # fmt: skip
+        heads = [head, *["| | | | | "] * (len(measured) - 1)]
+        rows += [h + c for h, c in zip(heads, [_measured(c) for c in measured] or ["| | | | | | |"], strict=True)]
     if curves:
         base = {c["name"]: c["base"]["gold"] for c in curves}
         rows += ["", "Evidence. M: that many tests hold the method to a closed form, an independent computation or another method's limit; "
