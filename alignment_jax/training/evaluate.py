@@ -60,9 +60,10 @@ class Evaluator:
         self.noisy = run.sampler if run.sampler.stochastic().any() else dataclasses.replace(run.sampler, solver="ddim", eta=1.0)
         # the base is compared at its own best guidance: a gain over a badly guided base is none
         self.base_guidance = float(e.get("base_guidance_scale", run.parts.guidance.scale))
-        self._sample, self._guided = jax.jit(self._sample_chunk), jax.jit(self._guided_chunk)
-        self._kl, self._decode = jax.jit(self._kl_chunk), jax.jit(run.parts.bundle.decode)
-        self._combine, self._noisy, self._score = jax.jit(self._combined), jax.jit(self._noisy_score), jax.jit(self._scored)
+        compiled = partial(jax.jit, compiler_options=sharding.options(session.layout))
+        self._sample, self._guided = compiled(self._sample_chunk), compiled(self._guided_chunk)
+        self._kl, self._decode = compiled(self._kl_chunk), compiled(run.parts.bundle.decode)
+        self._combine, self._noisy, self._score = jax.jit(self._combined), compiled(self._noisy_score), compiled(self._scored)
 
     # -- programs ------------------------------------------------------------------------------------------------
 

@@ -112,11 +112,11 @@ def differentiable_reward(parts: Parts, frozen: Tree, keys: Array, x0: Array, co
 
 
 def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: Callable[[Tree], Tree] = lambda tree: tree,
-          layer: Callable[[nn.Module, Array], Array] = lambda module, x: x) -> Programs:  # fmt: skip
+          layer: Callable[[nn.Module, Array], Array] = lambda module, x: x, options: dict[str, Any] | None = None) -> Programs:  # fmt: skip
     """Compiles nothing yet: each program compiles at its first call, and only then.
 
     kept(tree), cut(tree), layer(module, x): inside a program, say where on the devices a state and gradients lie, a batch, and what
-    a layer of a network gives (see `sharding`).
+    a layer of a network gives; options: of the compiler, for the programs that run networks (see `sharding`).
     """
     algorithm, bundle = parts.algorithm, parts.bundle
 
@@ -203,7 +203,7 @@ def build(parts: Parts, kept: Callable[[Tree], Tree] = lambda tree: tree, cut: C
             with nn.intercept_methods(placed):
                 return program(*arguments[:same], *cut(arguments[same:]))
 
-        return jax.jit(called)
+        return jax.jit(called, compiler_options=options)
 
     return Programs(
         init=jax.jit(init), encode=on_batch(encode, 1), to_samples=on_batch(to_samples, 1), to_pictures=on_batch(to_pictures, 1),

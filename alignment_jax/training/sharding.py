@@ -190,10 +190,21 @@ def layer(on: Layout, module: nn.Module, x: jax.Array) -> jax.Array:
     return result
 
 
+def options(on: Layout) -> dict[str, Any] | None:
+    """Of the compiler, for what runs networks: a kernel that is cut is gathered whole before it is used.
+
+    Trap: left to itself, TPU's partitioner makes a loop over the pieces of such a kernel, from 16 of them on, and multiplies by each as
+    it comes ("windowed einsum"). A piece of 128 channels' kernel is 8 channels, of the 128 that the chip multiplies by at once.
+    """
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if on.mesh.devices.flat[0].platform == "tpu" else None
+
+
 def programs(on: Layout, parts: Parts) -> Programs:
     """The programs of a run's parts on a layout, by its backend."""
     stays = partial(kept, on)
-    return pmapped(on, build(parts, stays)) if on.backend == "pmap" else build(parts, stays, partial(cut, on), partial(layer, on))
+    if on.backend == "pmap":
+        return pmapped(on, build(parts, stays))
+    return build(parts, stays, partial(cut, on), partial(layer, on), options(on))
 
 
 def pmapped(on: Layout, programs: Programs) -> Programs:

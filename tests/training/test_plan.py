@@ -370,6 +370,28 @@ def test_a_toy_is_planned_for_a_tpu_that_is_not_here(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_kernel_that_many_chips_share_is_gathered_before_it_is_used(tmp_path):
+    """Trap: a loop over the pieces of a kernel, which TPU's partitioner makes from 16 on, does twice the work of an autoencoder's layers."""
+    assert importlib.util.find_spec("libtpu"), 'this test compiles for TPUs: pip install "jax[tpu]", or put libtpu on PYTHONPATH'
+    script = """
+from alignment_jax.platform import assumed
+devices, out = plan.described("v5e:4x4")[0], {}
+c.batch.microbatch = 16
+for axes in {"data": 16}, {"data": 1, "fsdp": 16}:
+    with assumed("tpu"):
+        program = abstract.one_step(c, on=sharding.layout(axes, devices))["to_samples"]
+    made = program.function.lower(*program.arguments).compile()
+    module = hlo.parse(made.as_text())
+    out[list(axes)[-1]] = {"loops": sum(op.opcode == "while" for body in module.computations.values() for op in body),
+                           "gathers": sum(one.kind == "all-gather" for one in hlo.collectives(module, hlo.loops(module))),
+                           "flops": made.cost_analysis()["flops"]}
+"""
+    found = facts(SD.format(folder=str(tmp_path)) + script, 1)
+    assert found["data"]["loops"] == found["data"]["gathers"] == found["fsdp"]["loops"] == 0 < found["fsdp"]["gathers"]
+    assert found["fsdp"]["flops"] == pytest.approx(found["data"]["flops"], rel=0.05)
+
+
+@pytest.mark.slow
 def test_a_plan_for_two_slices_has_what_goes_between_them(tmp_path):
     """A slice gathers its parameters by itself; gradients alone are added over the network, of each microbatch once."""
     assert importlib.util.find_spec("libtpu"), 'this test compiles for TPUs: pip install "jax[tpu]", or put libtpu on PYTHONPATH'
