@@ -193,8 +193,8 @@ def layer(on: Layout, module: nn.Module, x: jax.Array) -> jax.Array:
 def options(on: Layout) -> dict[str, Any] | None:
     """Of the compiler, for what runs networks: a kernel that is cut is gathered whole before it is used.
 
-    Trap: left to itself, TPU's partitioner makes a loop over the pieces of such a kernel, from 16 of them on, and multiplies by each as
-    it comes ("windowed einsum"). A piece of 128 channels' kernel is 8 channels, of the 128 that the chip multiplies by at once.
+    Trap: left to itself, TPU's partitioner makes a loop over the pieces of such a kernel, from 8 of them on, and multiplies by each as
+    it comes ("windowed einsum"). Of 128 channels over 16 chips a piece is 8, where a chip multiplies by 128 at once.
     """
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if on.mesh.devices.flat[0].platform == "tpu" else None
 

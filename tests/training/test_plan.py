@@ -371,7 +371,7 @@ def test_a_toy_is_planned_for_a_tpu_that_is_not_here(tmp_path):
 
 @pytest.mark.slow
 def test_a_kernel_that_many_chips_share_is_gathered_before_it_is_used(tmp_path):
-    """Trap: a loop over the pieces of a kernel, which TPU's partitioner makes from 16 on, does twice the work of an autoencoder's layers."""
+    """Trap: a loop over the pieces of a kernel, which TPU's partitioner makes from 8 on, does twice the work of an autoencoder's layers."""
     assert importlib.util.find_spec("libtpu"), 'this test compiles for TPUs: pip install "jax[tpu]", or put libtpu on PYTHONPATH'
     script = """
 from alignment_jax.platform import assumed
