@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _fail(message: str, code: int = 2) -> None:
     print(f"error: {message}\n(ALIGNMENT_JAX_DEBUG=1 shows where)", file=sys.stderr)
     if code != 2:  # what waits for other processes may hang still
-        from .training.distributed import leave
+        from .training.distributed import leave_stuck
 
-        leave(code)
+        leave_stuck(code)
     sys.exit(code)
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 
@@ -142,15 +142,14 @@ def within(patience: float, ask: Callable[[], str]) -> str:
     return found[0] if found else f"nothing within {patience:g} s"
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process with `code`, also where what `within` asked still hangs in the runtime, which aborts at the interpreter's end."""
+def leave_stuck(code: int) -> None:
+    """Ends this process with `code` if what `within` asked still hangs in the runtime, which would abort at the interpreter's end."""
     if any(thread.name == within.__name__ for thread in threading.enumerate()):
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()  # waits for the others, who have yet to hear what process 0 keeps
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
 
 
 def together(name: str, word: str = "", patience: float = PATIENCE) -> list[str]:

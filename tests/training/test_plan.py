@@ -359,10 +359,14 @@ def test_advice_names_what_is_largest_first():
     assert plan.advice(c, found | {"fsdp_sizes": [1, 2]})[0].startswith("sharding.fsdp=2 and data=4: ")
 
 
-@pytest.mark.slow
-def test_a_toy_is_planned_for_a_tpu_that_is_not_here(tmp_path):
+def needs_libtpu():
     spec = importlib.util.find_spec("libtpu")
     assert spec is not None and spec.origin, 'this test compiles for TPUs: pip install "jax[tpu]", or put libtpu on PYTHONPATH'
+
+
+@pytest.mark.slow
+def test_a_toy_is_planned_for_a_tpu_that_is_not_here(tmp_path):
+    needs_libtpu()
     found = facts(SD.format(folder=str(tmp_path)) + f"out = plan.plan(c, 'v5e:2x2', kept={str(tmp_path / 'kept.json')!r})", 1)
     assert found["fits"] and found["chips"] == 4 and found["roofline_seconds"] > 0 and found["unknown_loops"] == 0
     assert found["hbm_per_chip_bytes"]["limit"] == pytest.approx(15.75 * 2**30)
@@ -372,7 +376,7 @@ def test_a_toy_is_planned_for_a_tpu_that_is_not_here(tmp_path):
 @pytest.mark.slow
 def test_a_kernel_that_many_chips_share_is_gathered_before_it_is_used(tmp_path):
     """Trap: a loop over the pieces of a kernel, which TPU's partitioner makes from 8 on, does twice the work of an autoencoder's layers."""
-    assert importlib.util.find_spec("libtpu"), 'this test compiles for TPUs: pip install "jax[tpu]", or put libtpu on PYTHONPATH'
+    needs_libtpu()
     script = """
 from alignment_jax.platform import assumed
 devices, out = plan.described("v5e:4x4")[0], {}
@@ -394,7 +398,7 @@ for axes in {"data": 16}, {"data": 1, "fsdp": 16}:
 @pytest.mark.slow
 def test_a_plan_for_two_slices_has_what_goes_between_them(tmp_path):
     """A slice gathers its parameters by itself; gradients alone are added over the network, of each microbatch once."""
-    assert importlib.util.find_spec("libtpu"), 'this test compiles for TPUs: pip install "jax[tpu]", or put libtpu on PYTHONPATH'
+    needs_libtpu()
     script = f"""
 devices = plan.described("2xv5e:2x2")[0]
 mesh = sharding.make_mesh({{"dcn": 2, "data": 1, "fsdp": 4}}, devices)
